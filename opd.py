@@ -395,7 +395,7 @@ def save(pair, folder, state=None):
 
 PAIR = Path("runs/pair")
 DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "prompts": f"{PAIR}/prompts.jsonl",
-        "steps": 80, "batch_size": 24, "max_new_tokens": 40, "lr": 3e-4, "eval_prompts": 300}
+        "steps": 100, "batch_size": 24, "max_new_tokens": 40, "lr": 3e-4, "eval_prompts": 300}
 
 def build_pair():
     """Train a teacher, and a smaller student for less long, on the text of Python's own manual, and
@@ -447,7 +447,7 @@ def parse_args(argv=None, parser=None):
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
     add("--loss", choices=("reverse_kl", "forward_kl", "sampled"), default="reverse_kl")
     add("--temperature", type=float, default=1.0, help="of sampling, scoring and loss alike")
-    add("--steps", type=int, default=200, help="optimizer steps (demo: 80)")
+    add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
     add("--batch-size", type=int, default=8, help="responses per step (demo: 24)")
     add("--micro-batch-size", type=int, help="responses per forward pass (default: the batch)")
     add("--max-prompt-tokens", type=int, help="keep only so many last tokens of a prompt")
@@ -477,36 +477,53 @@ def parse_args(argv=None, parser=None):
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     return args
 
-def main(args):
-    """Evaluate, train, save, evaluate; returns the exit status."""
-    started, out, first, state = time.time(), Path(args.out or "runs/opd-1"), 0, None
-    while not args.out and out.exists():
-        out = out.with_name(f"opd-{int(out.name[4:]) + 1}")
-    if args.resume and not saves(out) or (out / "summary.json").exists() and not args.resume:
-        fail(f"{out} has nothing saved to resume" if args.resume else f"--out {out} already holds a run")
+def prepare(args, student):  # -> Pair, training examples, held-out examples
     if args.student == DEMO["student"] and not PAIR.exists():
         build_pair()
-    source = saves(out)[-1] if args.resume else args.student
-    pair = load_pair(source, args.teacher, args.temperature, args.device)
+    pair = load_pair(student, args.teacher, args.temperature, args.device)
     examples = read_prompts(args.prompts, pair, args.max_prompt_tokens, args.max_new_tokens)
     needed = args.batch_size + args.eval_prompts
     if len(examples) < needed:
-        fail(f"{args.prompts} has {len(examples)} prompts; --batch-size and --eval-prompts need {needed}")
-    training, held_out = examples[:-args.eval_prompts], examples[-args.eval_prompts:]
+        fail(f"{args.prompts} has {len(examples)} prompts; the batch and the held-out set need {needed}")
+    return pair, examples[:-args.eval_prompts], examples[-args.eval_prompts:]
+
+def new_folder(out, stem, result):  # -> Path
+    """--out, which must not hold a result yet, or the first free runs/stem-N."""
+    folders = (Path(f"runs/{stem}-{n}") for n in range(1, 10**6))
+    out = Path(out) if out else next(folder for folder in folders if not folder.exists())
+    if (out / result).exists():
+        fail(f"--out {out} already holds a run; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
+        write(out / "log.jsonl", "")
     except OSError as error:
         fail(f"--out {out} cannot be written: {error}")
+    return out
+
+def write(path, text):
+    """Write beside, then rename, as `save` does."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+def main(args):
+    """Evaluate, train, save, evaluate."""
+    started, first, state, source = time.time(), 0, None, args.student
     if args.resume:
+        out = Path(args.resume)
+        if not saves(out):
+            fail(f"--resume {out}: there is no save (--save-every makes them)")
+        source = saves(out)[-1]
         first, state = torch.load(source / "state.pt", map_location="cpu")
         summary = json.loads((out / "summary.json").read_text())
         lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(lines[:first]))  # what came after the save is redone
-    else:
+        write(out / "log.jsonl", "".join(lines[:first]))  # what came after the save is redone
+    pair, training, held_out = prepare(args, source)
+    if not args.resume:
+        out = new_folder(args.out, "opd", "summary.json")
         versions = {m.__name__: m.__version__ for m in (torch, transformers)}
         summary = {"args": vars(args), "versions": versions, "before": evaluate(pair, held_out, args)}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        write(out / "summary.json", json.dumps(summary, indent=1))
     try:
         train(pair, training, args, out, first, state)
     except KeyboardInterrupt:
@@ -514,19 +531,22 @@ def main(args):
         fail(f"interrupted; the student as it is now is in {out / 'student'}", 130)
     save(pair, out / "student")
     summary |= {"after": evaluate(pair, held_out, args), "seconds": time.time() - started}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    write(out / "summary.json", json.dumps(summary, indent=1))
     print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
     for name, before in summary["before"].items():
         print(f"{name:20}{before:10.4f}{summary['after'][name]:10.4f}")
     print(f"{summary['seconds']:.0f} s; student/, log.jsonl and summary.json are in {out}")
-    return 0
 
-if __name__ == "__main__":
+def run(program):
+    """The program, with one line for each way in which it can be stopped from outside."""
     try:
-        sys.exit(main(parse_args()))
+        program()
     except KeyboardInterrupt:
-        fail("interrupted before training; nothing to save", 130)
+        fail("interrupted; nothing was lost that had been saved", 130)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --micro-batch-size, then --batch-size, --max-new-tokens", 1)
     except OSError as error:
-        fail(f"{error}; earlier saves are intact", 1)
+        fail(f"{error}; what was saved before is intact", 1)
+
+if __name__ == "__main__":
+    run(lambda: main(parse_args()))

@@ -1,0 +1,361 @@
+"""The fixed-context diagnostic: which disagreement did the student really learn?
+
+  1. contexts  sample responses from the student before training, theta0, and freeze them
+  2. before    score each of their positions with the teacher and theta0              score_contexts
+  3. train     theta0 -> theta1 by opd.py's own loop, or take a student trained earlier (--after)
+  4. after     score the same positions with theta1. The gain of a position, in nats:
+               G = KL(teacher || theta0) - KL(teacher || theta1), same context, full vocabulary
+  5. report    which quantities of theta0 explain G?                      features, statistics, ols
+
+What explains is measured at theta0 alone; G is only ever the outcome. Every interval is a 95 %
+percentile cluster bootstrap over contexts, since the positions of one response are not independent.
+Arrays are numpy's, with one entry per position (N). Paper: arXiv 2605.26844, the fixed-context
+analysis.        python diagnose.py                 python diagnose.py --compare runs/evidence/*
+"""
+import argparse, html, json, math, sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import opd
+
+BUDGETS = (0.03, 0.05, 0.1)
+REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
+BASELINE = ("H", "D", "H*D", "position", "H_teacher")
+
+# ---- Scores and features.
+def score_contexts(pair, batches, size, function, title):  # -> one [N, ...] for each result
+    """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""
+    results = []
+    for batch in tqdm(batches, desc=title, disable=None):
+        with torch.no_grad():
+            hidden, teacher = (opd.backbone(m, batch, size) for m in (pair.student, pair.teacher))
+        results.append(opd.measure(pair, batch, hidden, teacher, function))
+    return [torch.cat(column).cpu().numpy() for column in zip(*results)]
+
+def features(H, H_teacher, D, C, position):  # [N] each, raw, of theta0 -> {name: [N]}
+    """Section 2 of the paper: H, D, C normalised robustly over all positions, and what they make."""
+    def tilde(z):
+        return opd.robust_normalize(torch.tensor(z)[None], torch.ones(1, len(z)) > 0)[0].numpy()
+    h, d, c = (tilde(z).astype(float) for z in (H, D, C))
+    return {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
+            "TIP": h + d - h * d, "position": position, "H_teacher": tilde(H_teacher).astype(float)}
+
+# ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
+def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
+    """Row 0 is the sample itself; every other row resamples whole contexts with replacement."""
+    draw = np.random.default_rng(seed).multinomial(contexts, np.full(contexts, 1 / contexts), draws)
+    return np.vstack([np.ones(contexts), draw])
+
+def estimate(values):  # [1 + draws] -> {"value", "low", "high"}
+    """The sample's value, and the 2.5 % and 97.5 % quantiles of its bootstrap draws."""
+    low, high = np.nanquantile(values[1:], [0.025, 0.975]) if np.isfinite(values[1:]).any() else (0, 0)
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+def by_context(values, context, contexts):  # [N, ...] -> [contexts, ...] sums
+    sums = np.zeros((contexts, *values.shape[1:]))
+    np.add.at(sums, context, values)
+    return sums
+
+def ols(regressors, outcome, context, weights):  # [N] each -> slopes [1 + draws, p], R2 [1 + draws]
+    """Least squares with an intercept for every row of weights, all variables z-scored once on the
+    sample. Moments are summed by context first, so a thousand draws cost little more than one."""
+    X = np.column_stack([np.ones(len(outcome)), *map(zscore, regressors)])
+    y, n = zscore(outcome), weights.shape[1]
+    XX = np.tensordot(weights, by_context(X[:, :, None] * X[:, None, :], context, n), 1)
+    Xy = weights @ by_context(X * y[:, None], context, n)  # [1 + draws, 1 + p]
+    yy, size = weights @ by_context(y**2, context, n), XX[:, 0, 0]
+    beta = (np.linalg.pinv(XX, hermitian=True) @ Xy[:, :, None])[:, :, 0]
+    total = yy - Xy[:, 0] ** 2 / size
+    residual = yy - (beta * Xy).sum(-1)
+    return beta[:, 1:], 1 - residual / np.where(total > 1e-12, total, np.inf)
+
+def zscore(values):  # [N] -> [N]
+    """Mean 0, variance 1; a constant becomes zeros."""
+    spread = values.std()
+    return (values - values.mean()) / (spread if spread > 1e-12 else np.inf)
+
+def group_mean(outcome, member, context, weights):  # [N], [N] bool -> [1 + draws]
+    """Mean outcome of the members; nan in a draw that has none."""
+    n = weights.shape[1]
+    with np.errstate(invalid="ignore"):
+        return (weights @ np.bincount(context, outcome * member, n)) / (
+            weights @ np.bincount(context, member, n))
+
+def quantile_group(values, groups):  # [N] -> [N] in 0 .. groups - 1, of equal size
+    order = np.argsort(values, kind="stable")
+    return np.argsort(order) * groups // len(values)
+
+def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
+    """Rank correlation of the resampled positions, with mean ranks for ties."""
+    def ranks(place, w):  # place: which distinct value; w: how often each position counts
+        tied = np.bincount(place, w)
+        return (np.cumsum(tied) - (tied - 1) / 2)[place]
+    def correlate(w):
+        a, b = (ranks(place, w) for place in places)
+        a, b = a - np.average(a, weights=w), b - np.average(b, weights=w)
+        return (w * a * b).sum() / max(math.sqrt((w * a * a).sum() * (w * b * b).sum()), 1e-12)
+    places = [np.unique(z, return_inverse=True)[1] for z in (x, y)]
+    return np.array([correlate(row[context]) for row in weights])
+
+def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of the report
+    """All five parts. scores {name: [N]} is of theta0 (and `context`, the context of a position)."""
+    context, report = scores["context"], defaultdict(dict)
+    def average(member):
+        return estimate(group_mean(G, member, context, weights))
+    ratio = G / (scores["forward_kl"] + 1e-12)
+    ratio = np.clip(ratio, *np.quantile(ratio, [0.01, 0.99]))  # winsorised: its left tail is heavy
+    for k in supports:
+        f = features(scores["H"], scores["H_teacher"], scores[f"D{k}"], scores[f"C{k}"],
+                     scores["position"])
+        for name in REGRESSORS + BASELINE:
+            if np.ptp(f[name]) < 1e-12:
+                opd.fail(f"{name} is the same at all positions (K = {k}): the regression is singular. "
+                         "Use more contexts, longer responses or another pair")
+        for part, outcome in (("decomposition", G), ("decomposition_relative", ratio)):
+            slopes, r2 = ols([f[name] for name in REGRESSORS], outcome, context, weights)
+            _, r2_baseline = ols([f[name] for name in BASELINE], outcome, context, weights)
+            learn, incompat = slopes[:, 1], slopes[:, 2]
+            report[part][str(k)] = {
+                "learn": estimate(learn), "incompat": estimate(incompat),
+                "gap": estimate(learn - incompat), "r2": estimate(r2), "r2_baseline": estimate(r2_baseline)}
+        q3 = (f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"]))  # sure, yet in disagreement
+        inside = np.flatnonzero(q3)
+        def member(name, groups, group):  # [N] bool: in Q3, and in that group of it by `name`
+            chosen = np.zeros(len(G), bool)
+            chosen[inside[quantile_group(f[name][inside], groups) == group]] = True
+            return chosen
+        top, bottom = (group_mean(G, member("C", 3, g), context, weights) for g in (2, 0))
+        report["q3"][str(k)] = {"positions": len(inside), "top_minus_bottom": estimate(top - bottom)} | {
+            f"{name}_quartile_{g + 1}": average(member(name, 4, g))
+            for name in ("D_learn", "D_incompat") for g in range(4)}
+        if k == top_k:
+            for name in ("D", "D_learn", "D_incompat", "H", "TIP"):
+                report["rank_correlation"][name] = estimate(spearman(f[name], G, context, weights))
+    H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{top_k}", f"C{top_k}"))
+    for budget in BUDGETS:
+        for method in opd.METHODS:
+            order = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0,
+                                        torch.Generator().manual_seed(seed))[0]
+            kept = np.zeros(len(G), bool)  # the same count for all: no extra position per response
+            kept[order.sort(descending=True, stable=True).indices[:math.ceil(budget * len(G))]] = True
+            report["matched"].setdefault(str(budget), {})[method] = average(kept | (method == "full"))
+    return dict(report)
+
+# ---- The report: one list of tables, shown as text and as a page.
+def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the paper's figure)])]
+    paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045", "gap": "about 0.043"}
+    label = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat", "r2": "R2",
+             "r2_baseline": "R2 of H, D, H*D"}
+    result = [(f"Decomposition of {what}", "How many standard deviations the outcome rises with one "
+               "more of each regressor, the others held fixed; a gap above 0 says that learnable "
+               "disagreement is learned more.",
+               [(f"K={k}  {label[name]}", value, paper.get(name, ""))
+                for k, fit in report[part].items() for name, value in fit.items()])
+              for part, what in (("decomposition", "G (nats)"),
+                                 ("decomposition_relative", "G / KL before, winsorised"))]
+    q3, quartiles = report["q3"], report["q3"][str(top_k)]
+    result.append((
+        "Sure, yet in disagreement (H~ below, D~ above the median)", "Mean G in nats; above 0 in the "
+        "first rows: there, positions that are more compatible improve more.",
+        [(f"K={k}  top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3]
+        + [(f"K={top_k}  {name.replace('_quartile_', ', quartile ')}", value, "")
+           for name, value in quartiles.items() if "quartile" in name]))
+    result.append(("Rank correlation with G (Spearman)", "Which quantity of the student before training "
+                   "orders positions by how much they will improve; D is the raw disagreement.",
+                   [(name, value, "") for name, value in report["rank_correlation"].items()]))
+    result += [(f"Mean G of the {float(budget):.0%} that each method would keep", "In nats, all methods "
+                "at the same count; `full` is the mean over all positions.",
+                [(method, value, "") for method, value in methods.items()])
+               for budget, methods in report["matched"].items()]
+    return result
+
+def as_text(report, top_k):
+    lines = [f"{report['contexts']} contexts, {report['positions']} positions. " + " ".join(report["notes"])]
+    for title, reading, rows in tables(report, top_k):
+        lines += ["", title, reading]
+        lines += [f"  {label:34}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
+                  + (f"   paper {paper}" if paper else "") for label, e, paper in rows]
+    return "\n".join(lines)
+
+STYLE = """
+:root{--ink:#1a1a1a;--paper:#fff;--faint:#777;--line:#ddd;--learn:0,114,178;--incompat:213,94,0}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333;--learn:86,180,233;--incompat:230,140,30}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:auto;padding:1rem 1rem 12rem}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
+td{border-top:1px solid var(--line);padding:.15rem .4rem}.n{text-align:right;white-space:nowrap}.faint{color:var(--faint)}
+svg{width:100%;min-width:5rem;max-width:16rem;height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink)}
+.map{font:15px/1.9 ui-monospace,monospace;overflow-wrap:anywhere;border-top:1px solid var(--line);padding:.6rem 0}
+.t{background:linear-gradient(rgba(var(--learn),var(--a)),rgba(var(--learn),var(--a))),linear-gradient(rgba(var(--incompat),var(--b)),rgba(var(--incompat),var(--b)));border-radius:2px;white-space:pre-wrap}
+.t:hover,.t:focus{outline:2px solid var(--ink)}
+.t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;left:0;right:0;bottom:0;padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;line-height:1.4;white-space:pre-wrap;z-index:1}
+"""
+
+def visible(text):
+    """Escaped for HTML, with spaces and newlines that can be seen. Token text may be anything."""
+    return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n").replace("\t", "\u21e5")
+
+def token_map(contexts):  # contexts: [(prompt text, [(token text, D_learn, D_incompat, tip)])]
+    maps = []
+    for prompt, tokens in contexts:
+        spans = "<wbr>".join(
+            f'<span class="t" tabindex="0" style="--a:{learn:.2f};--b:{incompat:.2f}" '
+            f'data-tip="{html.escape(tip)}">{visible(text)}</span>' for text, learn, incompat, tip in tokens)
+        maps.append(f'<p class="map"><span class="faint">{visible(prompt)}</span><wbr>{spans}</p>')
+    return "\n".join(maps)
+
+def as_page(report, top_k, contexts):
+    """One self-contained page: no script, nothing loaded from elsewhere."""
+    parts = []
+    for title, reading, rows in tables(report, top_k):
+        low = min(0, *(e["low"] for _, e, _ in rows))
+        scale = 100 / (max(1e-9, *(e["high"] for _, e, _ in rows)) - low)
+        cells = []
+        for label, e, paper in rows:
+            zero, value, left, right = ((x - low) * scale for x in (0, e["value"], e["low"], e["high"]))
+            cells.append(
+                f'<tr><td>{html.escape(label)}<td class="n">{e["value"]:.4f}<td class="n faint">'
+                f'{e["low"]:.4f} to {e["high"]:.4f}<td><svg viewBox="0 0 100 10" preserveAspectRatio="none">'
+                f'<rect x="{min(zero, value):.2f}" y="2" width="{abs(value - zero):.2f}" height="6"/>'
+                f'<line x1="{left:.2f}" x2="{right:.2f}" y1="5" y2="5"/><line x1="{zero:.2f}" '
+                f'x2="{zero:.2f}" y1="0" y2="10"/></svg><td class="faint">{paper}')
+        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}</p><table>"
+                     + "\n".join(cells) + "</table>")
+    notes = html.escape(f"{report['contexts']} contexts, {report['positions']} positions. "
+                        + " ".join(report["notes"]))
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Which disagreement was learned?</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+<h1>Which disagreement was learned?</h1>
+<p>A student wrote these responses; its teacher disagrees at many of their tokens. <b>Learnable</b>
+disagreement reweights tokens the student already considers; <b>incompatible</b> disagreement wants
+tokens it does not consider. G is how much KL(teacher || student) fell at a position through
+training, in nats. {notes} Whiskers: 95 % cluster bootstrap over contexts.</p>
+<h2>Token map</h2><p><span class="t" style="--a:.8;--b:0">learnable</span> <span class="t"
+style="--a:0;--b:.8">incompatible</span>, stronger for more; the prompt is grey. Point at a token, or
+tap it, for its numbers. \u00b7 is a space, \u21b5 a newline.</p>
+{token_map(contexts)}
+{"".join(parts)}</html>"""
+
+# ---- The program.
+def compare(runs):
+    """A Markdown table of finished opd.py runs: held-out results after training, mean and sample
+    standard deviation over seeds, and the paired difference from full OPD and from random."""
+    keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
+    cells, missing = defaultdict(dict), []
+    for run in map(Path, runs):
+        try:
+            summary = json.loads((run / "summary.json").read_text())
+            args, after = summary["args"], summary["after"]
+        except (OSError, ValueError, KeyError):
+            missing.append(str(run))
+            continue
+        budget = 1 if args["select"] == "full" else args["budget"]
+        cells[args["select"], budget][args["seed"]] = [after.get(key, math.nan) for key in keys]
+    def show(values, sign=""):
+        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        return f"{np.mean(values):{sign}.4f} ± {spread:.4f}" if values else "missing"
+    print("| method | budget | seeds | " + " | ".join(keys) + " | KL - full | KL - random | NLL - full |")
+    print("|---" * (len(keys) + 6) + "|")
+    for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
+        def paired(other, column):
+            return show([row[column] - other[seed][column] for seed, row in seeds.items() if seed in other], "+")
+        full, random = cells.get(("full", 1), {}), cells.get(("random", budget), {})
+        row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
+        row += [paired(full, 0), paired(random, 0), paired(full, 2)]
+        print(f"| {method} | {budget:.0%} | {len(seeds)} | " + " | ".join(row) + " |")
+    if missing:
+        print("\nunfinished or unreadable: " + ", ".join(missing))
+
+def main(argv=None):
+    """The whole program; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=int, default=300, help="responses to freeze and measure")
+    parser.add_argument("--after", help="a student trained earlier (default: train one now)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind each interval")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="only tabulate finished opd.py runs")
+    args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
+    if args.compare:
+        return compare(args.compare)
+    if args.resume:
+        opd.fail("--resume is opd.py's: finish the run there, then give its student to --after")
+    if args.contexts < 5:
+        opd.fail(f"--contexts {args.contexts}: a bootstrap over contexts needs at least 5")
+    if not args.after:
+        args.eval_prompts = max(args.eval_prompts, args.contexts)
+    pair, training, held_out = opd.prepare(args, args.student)
+    out, size = opd.new_folder(args.out, "diagnosis", "report.json"), args.micro_batch_size or args.batch_size
+    notes = []
+    if len(held_out) < args.contexts:
+        notes.append(f"There are only {len(held_out)} held-out prompts, so some give several contexts.")
+
+    torch.manual_seed(args.seed)
+    prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
+    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens) for i in
+               tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)]
+    supports = sorted({8, 16, 32, args.top_k})
+    names = ["forward_kl", "reverse_kl", "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports),
+             "student_top", "teacher_top"]
+    best = min(5, pair.width)
+    scores = dict(zip(names, score_contexts(pair, batches, size, lambda p, q, y: (
+        opd.forward_kl(p, q), opd.reverse_kl(p, q), opd.entropy(p), opd.entropy(q),
+        *(opd.divergence(p, q, k) for k in supports), *(opd.compatibility(p, q, k) for k in supports),
+        p.topk(best).indices, q.topk(best).indices), "scoring before")))
+    lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).cpu().numpy()
+    scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.concatenate([np.arange(n) for n in lengths])
+    scores["position"] = place / np.maximum(np.repeat(lengths, lengths) - 1, 1)
+
+    if args.after:
+        pair = pair._replace(student=trained_student(args, pair))
+    else:
+        opd.train(pair, training, args, out)
+    after_forward, after_reverse = score_contexts(pair, batches, size, lambda p, q, y: (
+        opd.forward_kl(p, q), opd.reverse_kl(p, q)), "scoring after")
+    G = (scores["forward_kl"] - after_forward).astype(float)
+    if np.ptp(G) < 1e-12:
+        notes.append("G is the same at every position: this student did not change, and all is 0.")
+
+    weights = cluster_weights(len(lengths), args.bootstrap, args.seed)
+    report = {"contexts": len(lengths), "positions": len(G), "notes": notes,
+              **statistics(scores, G, supports, args.top_k, weights, args.seed), "args": vars(args),
+              "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
+
+    f = features(scores["H"], scores["H_teacher"], scores[f"D{args.top_k}"], scores[f"C{args.top_k}"],
+                 scores["position"])
+    ids = torch.cat([batch.tokens for batch in batches]).tolist()
+    decode, lines = pair.tokenizer.decode, []
+    shown = [(decode(prompt), []) for prompt in prompts[:12]]
+    for n, c in enumerate(scores["context"]):
+        line = {"context": int(c), "position": int(place[n]), "token": decode([ids[n]]), "id": ids[n]}
+        line |= {key: float(scores[key][n]) for key in names if not key.endswith("_top")}
+        line |= {"forward_kl_after": float(after_forward[n]), "reverse_kl_after": float(after_reverse[n]),
+                 "G": float(G[n])}
+        lines.append(json.dumps(line))
+        if c < len(shown):
+            top = {who: "  ".join(repr(decode([i])) for i in scores[f"{who}_top"][n].tolist())
+                   for who in ("student", "teacher")}
+            shown[c][1].append((line["token"], f["D_learn"][n], f["D_incompat"][n], (
+                f"{line['token']!r}   H {line['H']:.2f}   D {line[f'D{args.top_k}']:.2f}   "
+                f"C {line[f'C{args.top_k}']:.2f}   G {G[n]:+.3f}\nstudent: {top['student']}\n"
+                f"teacher: {top['teacher']}")))
+    print(as_text(report, args.top_k))
+    for name, text in (("positions.jsonl", "\n".join(lines) + "\n"),
+                       ("report.html", as_page(report, args.top_k, shown)),
+                       ("report.json", json.dumps(report, indent=1))):
+        opd.write(out / name, text)
+    print(f"\nreport.html, report.json and positions.jsonl are in {out}")
+
+def trained_student(args, pair):
+    """The student of --after, which must be a trained version of --student."""
+    student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (student, pair.student)]
+    if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}: it "
+                 "is not a trained version of that student")
+    return student
+
+if __name__ == "__main__":
+    opd.run(main)
