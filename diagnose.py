@@ -27,22 +27,24 @@ REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
 BASELINE = ("H", "D", "H*D", "position", "H_teacher")
 
 # ---- Scores and features.
-def score_contexts(pair, batches, size, function, title):  # -> one [N, ...] for each result
+def score_contexts(pair, batches, args, function):  # -> one [N, ...] for each result
     """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""
-    results = []
-    for batch in tqdm(batches, desc=title, disable=None):
+    size, results = args.micro_batch_size or args.batch_size, []
+    for batch in tqdm(batches, desc="scoring contexts", disable=None):
         with torch.no_grad():
             hidden, teacher = (opd.backbone(m, batch, size) for m in (pair.student, pair.teacher))
         results.append(opd.measure(pair, batch, hidden, teacher, function))
-    return [torch.cat(column).cpu().numpy() for column in zip(*results)]
+    columns = (torch.cat(column).cpu().numpy() for column in zip(*results))
+    return [x.astype(float) if x.dtype == np.float32 else x for x in columns]
 
-def features(H, H_teacher, D, C, position):  # [N] each, raw, of theta0 -> {name: [N]}
-    """Section 2 of the paper: H, D, C normalised robustly over all positions, and what they make."""
-    def tilde(z):
-        return opd.robust_normalize(torch.tensor(z)[None], torch.ones(1, len(z)) > 0)[0].numpy()
-    h, d, c = (tilde(z).astype(float) for z in (H, D, C))
+def features(scores, k):  # {name: [N]} raw, of theta0 -> {name: [N]}
+    """Section 2 of the paper: H, D and C normalised over all positions, and what is made of them."""
+    def tilde(values):
+        row = torch.tensor(values)[None]
+        return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].numpy().astype(float)
+    h, d, c = (tilde(scores[name]) for name in ("H", f"D{k}", f"C{k}"))
     return {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
-            "TIP": h + d - h * d, "position": position, "H_teacher": tilde(H_teacher).astype(float)}
+            "TIP": h + d - h * d, "position": scores["position"], "H_teacher": tilde(scores["H_teacher"])}
 
 # ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
 def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
@@ -109,8 +111,7 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
     ratio = G / (scores["forward_kl"] + 1e-12)
     ratio = np.clip(ratio, *np.quantile(ratio, [0.01, 0.99]))  # winsorised: its left tail is heavy
     for k in supports:
-        f = features(scores["H"], scores["H_teacher"], scores[f"D{k}"], scores[f"C{k}"],
-                     scores["position"])
+        f = features(scores, k)
         for name in REGRESSORS + BASELINE:
             if np.ptp(f[name]) < 1e-12:
                 opd.fail(f"{name} is the same at all positions (K = {k}): the regression is singular. "
@@ -270,91 +271,83 @@ def compare(runs):
         print("\nunfinished or unreadable: " + ", ".join(missing))
 
 def main(argv=None):
-    """The whole program; returns its exit status."""
+    """Steps 1 to 5 of the docstring at the top."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", type=int, default=300, help="responses to freeze and measure")
-    parser.add_argument("--after", help="a student trained earlier (default: train one now)")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resamples behind each interval")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="only tabulate finished opd.py runs")
+    add = parser.add_argument
+    add("--contexts", type=int, default=300, help="responses to freeze and measure")
+    add("--after", help="a trained version of --student (default: train one now)")
+    add("--bootstrap", type=int, default=1000, help="resamples behind each interval")
+    add("--compare", nargs="+", metavar="RUN", help="only tabulate these finished runs of opd.py")
     args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
     if args.compare:
         return compare(args.compare)
-    if args.resume:
-        opd.fail("--resume is opd.py's: finish the run there, then give its student to --after")
-    if args.contexts < 5:
-        opd.fail(f"--contexts {args.contexts}: a bootstrap over contexts needs at least 5")
+    if args.contexts < 5 or args.resume:
+        opd.fail("--resume belongs to opd.py: finish the run, then give its student to --after"
+                 if args.resume else f"--contexts {args.contexts}: a bootstrap over contexts needs 5")
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
-    pair, training, held_out = opd.prepare(args, args.student)
-    out, size = opd.new_folder(args.out, "diagnosis", "report.json"), args.micro_batch_size or args.batch_size
-    notes = []
-    if len(held_out) < args.contexts:
-        notes.append(f"There are only {len(held_out)} held-out prompts, so some give several contexts.")
+    pair, training, held_out = opd.prepare(args)
+    student = trained_student(args, pair) if args.after else pair.student
+    out = opd.new_folder(args.out, "diagnosis")
+    notes = [f"Contexts come from {len(held_out)} held-out prompts"
+             + (", some more than once." if len(held_out) < args.contexts else ".")]
 
     torch.manual_seed(args.seed)
     prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
     batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens) for i in
                tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)]
-    supports = sorted({8, 16, 32, args.top_k})
-    names = ["forward_kl", "reverse_kl", "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports),
-             "student_top", "teacher_top"]
-    best = min(5, pair.width)
-    scores = dict(zip(names, score_contexts(pair, batches, size, lambda p, q, y: (
+    supports, best = sorted({8, 16, 32, args.top_k}), min(5, pair.width)
+    names = ["forward_kl", "reverse_kl", "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports)]
+    *values, student_top, teacher_top = score_contexts(pair, batches, args, lambda p, q, y: (
         opd.forward_kl(p, q), opd.reverse_kl(p, q), opd.entropy(p), opd.entropy(q),
-        *(opd.divergence(p, q, k) for k in supports), *(opd.compatibility(p, q, k) for k in supports),
-        p.topk(best).indices, q.topk(best).indices), "scoring before")))
+        *(opd.divergence(p, q, k) for k in supports),
+        *(opd.compatibility(p, q, k) for k in supports), p.topk(best).indices, q.topk(best).indices))
+    scores = dict(zip(names, values))
     lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).cpu().numpy()
     scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.concatenate([np.arange(n) for n in lengths])
-    scores["position"] = place / np.maximum(np.repeat(lengths, lengths) - 1, 1)
+    scores["t"] = np.concatenate([np.arange(n) for n in lengths])
+    scores["position"] = scores["t"] / np.maximum(np.repeat(lengths, lengths) - 1, 1)
 
-    if args.after:
-        pair = pair._replace(student=trained_student(args, pair))
-    else:
+    if not args.after:
         opd.train(pair, training, args, out)
-    after_forward, after_reverse = score_contexts(pair, batches, size, lambda p, q, y: (
-        opd.forward_kl(p, q), opd.reverse_kl(p, q)), "scoring after")
-    G = (scores["forward_kl"] - after_forward).astype(float)
+    after = dict(zip(names, score_contexts(pair._replace(student=student), batches, args, lambda p, q, y: (
+        opd.forward_kl(p, q), opd.reverse_kl(p, q)))))
+    G = scores["forward_kl"] - after["forward_kl"]
     if np.ptp(G) < 1e-12:
-        notes.append("G is the same at every position: this student did not change, and all is 0.")
-
+        notes.append("G is the same at every position: this student has not changed.")
     weights = cluster_weights(len(lengths), args.bootstrap, args.seed)
     report = {"contexts": len(lengths), "positions": len(G), "notes": notes,
               **statistics(scores, G, supports, args.top_k, weights, args.seed), "args": vars(args),
               "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
 
-    f = features(scores["H"], scores["H_teacher"], scores[f"D{args.top_k}"], scores[f"C{args.top_k}"],
-                 scores["position"])
-    ids = torch.cat([batch.tokens for batch in batches]).tolist()
-    decode, lines = pair.tokenizer.decode, []
-    shown = [(decode(prompt), []) for prompt in prompts[:12]]
-    for n, c in enumerate(scores["context"]):
-        line = {"context": int(c), "position": int(place[n]), "token": decode([ids[n]]), "id": ids[n]}
-        line |= {key: float(scores[key][n]) for key in names if not key.endswith("_top")}
-        line |= {"forward_kl_after": float(after_forward[n]), "reverse_kl_after": float(after_reverse[n]),
-                 "G": float(G[n])}
+    f = features(scores, args.top_k)
+    decode, ids = pair.tokenizer.decode, torch.cat([opd.tokens(batch) for batch in batches]).tolist()
+    lines, shown = [], [(decode(prompt), []) for prompt in prompts[:12]]
+    for n, (c, token) in enumerate(zip(scores["context"], map(decode, ids))):
+        line = {"token": token, "id": ids[n], **{name: scores[name][n].item() for name in scores},
+                **{f"{name}_after": after[name][n].item() for name in after}, "G": G[n].item()}
         lines.append(json.dumps(line))
         if c < len(shown):
-            top = {who: "  ".join(repr(decode([i])) for i in scores[f"{who}_top"][n].tolist())
-                   for who in ("student", "teacher")}
-            shown[c][1].append((line["token"], f["D_learn"][n], f["D_incompat"][n], (
-                f"{line['token']!r}   H {line['H']:.2f}   D {line[f'D{args.top_k}']:.2f}   "
-                f"C {line[f'C{args.top_k}']:.2f}   G {G[n]:+.3f}\nstudent: {top['student']}\n"
-                f"teacher: {top['teacher']}")))
+            first = ["  ".join(repr(decode(i)) for i in top[n].tolist())
+                     for top in (student_top, teacher_top)]
+            H, D, C = (scores[name][n] for name in ("H", f"D{args.top_k}", f"C{args.top_k}"))
+            shown[c][1].append((token, f["D_learn"][n], f["D_incompat"][n], (
+                f"{token!r}   H {H:.2f}   D {D:.2f}   C {C:.2f}   G {G[n]:+.3f}\n"
+                f"student: {first[0]}\nteacher: {first[1]}")))
     print(as_text(report, args.top_k))
-    for name, text in (("positions.jsonl", "\n".join(lines) + "\n"),
-                       ("report.html", as_page(report, args.top_k, shown)),
-                       ("report.json", json.dumps(report, indent=1))):
-        opd.write(out / name, text)
+    for name, text in (("positions.jsonl", "\n".join(lines) + "\n"), ("report.json", json.dumps(report)),
+                       ("report.html", as_page(report, args.top_k, shown))):
+        (out / f"{name}.partial").write_text(text, encoding="utf-8")
+        (out / f"{name}.partial").rename(out / name)  # never half a report
     print(f"\nreport.html, report.json and positions.jsonl are in {out}")
 
 def trained_student(args, pair):
-    """The student of --after, which must be a trained version of --student."""
+    """The model of --after, which must be a trained version of --student."""
     student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
-    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (student, pair.student)]
+    shapes = [{name: w.shape for name, w in m.named_parameters()} for m in (student, pair.student)]
     if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}: it "
-                 "is not a trained version of that student")
+        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}, so "
+                 "it is not a trained version of it")
     return student
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
            "compatibility", "incompatible", "random")
-CHUNK = 2**22  # logits of one model that exist at once: 16 MiB of float32, whatever the batch
+CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator returns when they are freed
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
 
@@ -437,8 +437,7 @@ def parse_args(argv=None, parser=None):
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     return args
 
-def prepare(args, stem):  # -> Pair, training examples, held-out examples, output folder
-    """All that can be wrong with the input is found out here, before any work is done."""
+def prepare(args):  # -> Pair, training examples, held-out examples
     if args.student == DEMO["student"] and not PAIR.exists():
         build_pair()
     pair = load_pair(args.resume or args.student, args.teacher, args.temperature, args.device)
@@ -446,18 +445,22 @@ def prepare(args, stem):  # -> Pair, training examples, held-out examples, outpu
     needed = args.batch_size + args.eval_prompts
     if len(examples) < needed:
         fail(f"{args.prompts} has {len(examples)} prompts; batch and held-out set need {needed}")
-    folders = (Path(f"runs/{stem}-{n}") for n in range(1, 10**6))
-    out = Path(args.out) if args.out else next(f for f in folders if not f.exists())
+    return pair, examples[:-args.eval_prompts], examples[-args.eval_prompts:]
+
+def new_folder(out, stem):  # -> Path
+    """--out, which must be new or empty, or the first free runs/stem-N."""
+    free = (Path(f"runs/{stem}-{n}") for n in range(1, 10**6))
+    out = Path(out) if out else next(folder for folder in free if not folder.exists())
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        fail(f"--out {out} is not empty, and nothing there may be overwritten; choose another folder")
-    (out / "log.jsonl").touch()
-    return pair, examples[:-args.eval_prompts], examples[-args.eval_prompts:], out
+        fail(f"--out {out} is not empty, and nothing is ever overwritten; choose another folder")
+    return out
 
 def main(args):
     """Evaluate, train, save, evaluate."""
     started = time.time()
-    pair, training, held_out, out = prepare(args, "opd")
+    pair, training, held_out = prepare(args)
+    out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
         train(pair, training, args, out)
