@@ -5,12 +5,11 @@
   3. train     theta0 -> theta1 by opd.py's own loop, or take a student trained earlier (--after)
   4. after     score the same positions with theta1. The gain of a position, in nats:
                G = KL(teacher || theta0) - KL(teacher || theta1), same context, full vocabulary
-  5. report    which quantities of theta0 explain G?                      features, statistics, ols
+  5. report    which quantities of theta0 explain G?           features, statistics, tables, as_page
 
 What explains is measured at theta0 alone; G is only ever the outcome. Every interval is a 95 %
 percentile cluster bootstrap over contexts, since the positions of one response are not independent.
-Arrays are numpy's, with one entry per position (N). Paper: arXiv 2605.26844, the fixed-context
-analysis.        python diagnose.py                 python diagnose.py --compare runs/evidence/*
+Arrays are numpy's, with one entry per position (N). arXiv 2605.26844, fixed-context analysis.
 """
 import argparse, html, json, math, sys
 from collections import defaultdict
@@ -22,29 +21,26 @@ from tqdm import tqdm
 
 import opd
 
-BUDGETS = (0.03, 0.05, 0.1)
 REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
 BASELINE = ("H", "D", "H*D", "position", "H_teacher")
 
 # ---- Scores and features.
 def score_contexts(pair, batches, args, function):  # -> one [N, ...] for each result
     """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""
-    size, results = args.micro_batch_size or args.batch_size, []
-    for batch in tqdm(batches, desc="scoring contexts", disable=None):
-        with torch.no_grad():
-            hidden, teacher = (opd.backbone(m, batch, size) for m in (pair.student, pair.teacher))
-        results.append(opd.measure(pair, batch, hidden, teacher, function))
+    size = args.micro_batch_size or args.batch_size
+    results = [opd.measure(pair, batch, size, function)[0]
+               for batch in tqdm(batches, desc="scoring contexts", disable=None)]
     columns = (torch.cat(column).cpu().numpy() for column in zip(*results))
     return [x.astype(float) if x.dtype == np.float32 else x for x in columns]
 
 def features(scores, k):  # {name: [N]} raw, of theta0 -> {name: [N]}
-    """Section 2 of the paper: H, D and C normalised over all positions, and what is made of them."""
+    """H, D and C normalised robustly over all positions, and what the paper makes of them."""
     def tilde(values):
         row = torch.tensor(values)[None]
-        return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].numpy().astype(float)
-    h, d, c = (tilde(scores[name]) for name in ("H", f"D{k}", f"C{k}"))
+        return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].double().numpy()
+    h, teacher, d, c = (tilde(scores[name]) for name in ("H", "H_teacher", f"D{k}", f"C{k}"))
     return {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
-            "TIP": h + d - h * d, "position": scores["position"], "H_teacher": tilde(scores["H_teacher"])}
+            "TIP": h + d - h * d, "position": scores["position"], "H_teacher": teacher}
 
 # ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
 def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
@@ -104,7 +100,7 @@ def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
     return np.array([correlate(row[context]) for row in weights])
 
 def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of the report
-    """All five parts. scores {name: [N]} is of theta0 (and `context`, the context of a position)."""
+    """All five parts, from the scores {name: [N]} of theta0 (`context` among them) and G [N]."""
     context, report = scores["context"], defaultdict(dict)
     def average(member):
         return estimate(group_mean(G, member, context, weights))
@@ -114,161 +110,164 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
         f = features(scores, k)
         for name in REGRESSORS + BASELINE:
             if np.ptp(f[name]) < 1e-12:
-                opd.fail(f"{name} is the same at all positions (K = {k}): the regression is singular. "
-                         "Use more contexts, longer responses or another pair")
+                opd.fail(f"{name} is the same at all positions (K = {k}), so the regression would be "
+                         "singular; use more contexts or longer responses")
         for part, outcome in (("decomposition", G), ("decomposition_relative", ratio)):
             slopes, r2 = ols([f[name] for name in REGRESSORS], outcome, context, weights)
-            _, r2_baseline = ols([f[name] for name in BASELINE], outcome, context, weights)
+            _, baseline = ols([f[name] for name in BASELINE], outcome, context, weights)
             learn, incompat = slopes[:, 1], slopes[:, 2]
-            report[part][str(k)] = {
-                "learn": estimate(learn), "incompat": estimate(incompat),
-                "gap": estimate(learn - incompat), "r2": estimate(r2), "r2_baseline": estimate(r2_baseline)}
-        q3 = (f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"]))  # sure, yet in disagreement
-        inside = np.flatnonzero(q3)
-        def member(name, groups, group):  # [N] bool: in Q3, and in that group of it by `name`
+            values = {"learn": learn, "incompat": incompat, "gap": learn - incompat, "r2": r2,
+                      "r2_baseline": baseline}
+            report[part][str(k)] = {name: estimate(value) for name, value in values.items()}
+        # Q3: the student is sure (H below the median) and yet in disagreement (D above it).
+        q3 = np.flatnonzero((f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"])))
+        def member(name, groups, group):  # [N] bool: in Q3, and there in that group by `name`
             chosen = np.zeros(len(G), bool)
-            chosen[inside[quantile_group(f[name][inside], groups) == group]] = True
+            chosen[q3[quantile_group(f[name][q3], groups) == group]] = True
             return chosen
         top, bottom = (group_mean(G, member("C", 3, g), context, weights) for g in (2, 0))
-        report["q3"][str(k)] = {"positions": len(inside), "top_minus_bottom": estimate(top - bottom)} | {
-            f"{name}_quartile_{g + 1}": average(member(name, 4, g))
+        report["q3"][str(k)] = {"top_minus_bottom": estimate(top - bottom)} | {
+            f"{name} quartile {g + 1}": average(member(name, 4, g))
             for name in ("D_learn", "D_incompat") for g in range(4)}
         if k == top_k:
             for name in ("D", "D_learn", "D_incompat", "H", "TIP"):
                 report["rank_correlation"][name] = estimate(spearman(f[name], G, context, weights))
     H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{top_k}", f"C{top_k}"))
-    for budget in BUDGETS:
-        for method in opd.METHODS:
-            order = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0,
-                                        torch.Generator().manual_seed(seed))[0]
-            kept = np.zeros(len(G), bool)  # the same count for all: no extra position per response
-            kept[order.sort(descending=True, stable=True).indices[:math.ceil(budget * len(G))]] = True
-            report["matched"].setdefault(str(budget), {})[method] = average(kept | (method == "full"))
+    for method in opd.METHODS:
+        generator = torch.Generator().manual_seed(seed)
+        order = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0, generator)[0]
+        order = order.sort(descending=True, stable=True).indices
+        for budget in (0.03, 0.05, 0.1):  # the same count for all: no extra position per response
+            kept = np.zeros(len(G), bool)
+            kept[order[:len(G) if method == "full" else math.ceil(budget * len(G))]] = True
+            report["matched"].setdefault(str(budget), {})[method] = average(kept)
     return dict(report)
 
-# ---- The report: one list of tables, shown as text and as a page.
+# ---- The report: a list of tables, shown as text and as a page.
 def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the paper's figure)])]
-    paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045", "gap": "about 0.043"}
-    label = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat", "r2": "R2",
-             "r2_baseline": "R2 of H, D, H*D"}
-    result = [(f"Decomposition of {what}", "How many standard deviations the outcome rises with one "
-               "more of each regressor, the others held fixed; a gap above 0 says that learnable "
-               "disagreement is learned more.",
-               [(f"K={k}  {label[name]}", value, paper.get(name, ""))
-                for k, fit in report[part].items() for name, value in fit.items()])
-              for part, what in (("decomposition", "G (nats)"),
-                                 ("decomposition_relative", "G / KL before, winsorised"))]
-    q3, quartiles = report["q3"], report["q3"][str(top_k)]
+    paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045"}
+    names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat", "r2": "R2",
+             "r2_baseline": "R2 with H, D, H*D"}
+    result = [(f"Decomposition of {outcome}", "Standard deviations that the outcome rises with one more "
+               "of a regressor, the others fixed. Gap above 0: learnable disagreement is learned more.",
+               [(f"K={k} {names[name]}", e, paper.get(name, ""))
+                for k, fit in report[part].items() for name, e in fit.items()])
+              for part, outcome in (("decomposition", "G in nats"),
+                                    ("decomposition_relative", "G / KL before, winsorised"))]
     result.append((
-        "Sure, yet in disagreement (H~ below, D~ above the median)", "Mean G in nats; above 0 in the "
-        "first rows: there, positions that are more compatible improve more.",
-        [(f"K={k}  top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3]
-        + [(f"K={top_k}  {name.replace('_quartile_', ', quartile ')}", value, "")
-           for name, value in quartiles.items() if "quartile" in name]))
-    result.append(("Rank correlation with G (Spearman)", "Which quantity of the student before training "
-                   "orders positions by how much they will improve; D is the raw disagreement.",
-                   [(name, value, "") for name, value in report["rank_correlation"].items()]))
-    result += [(f"Mean G of the {float(budget):.0%} that each method would keep", "In nats, all methods "
-                "at the same count; `full` is the mean over all positions.",
-                [(method, value, "") for method, value in methods.items()])
+        "Where the student is sure and disagrees (H below, D above the median)", "Mean G in nats. First "
+        "rows above 0: positions there improve more when they are compatible.",
+        [(f"K={k} top - bottom third of C", fit["top_minus_bottom"], "")
+         for k, fit in report["q3"].items()]
+        + [(f"K={top_k} {name}", e, "") for name, e in report["q3"][str(top_k)].items() if " " in name]))
+    result.append(("Rank correlation with G (Spearman)", "Which quantity before training orders positions "
+                   "by how much they will improve? D is the raw disagreement.",
+                   [(name, e, "") for name, e in report["rank_correlation"].items()]))
+    result += [(f"Mean G of the {float(budget):.0%} of positions each method would keep", "In nats, all at "
+                "the same count; `full` is the mean over all positions.",
+                [(method, e, "") for method, e in methods.items()])
                for budget, methods in report["matched"].items()]
     return result
 
 def as_text(report, top_k):
-    lines = [f"{report['contexts']} contexts, {report['positions']} positions. " + " ".join(report["notes"])]
+    lines = [f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}"]
     for title, reading, rows in tables(report, top_k):
         lines += ["", title, reading]
-        lines += [f"  {label:34}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
-                  + (f"   paper {paper}" if paper else "") for label, e, paper in rows]
+        lines += [f"  {label:32}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
+                  + f"   paper {paper}" * bool(paper) for label, e, paper in rows]
     return "\n".join(lines)
 
 STYLE = """
-:root{--ink:#1a1a1a;--paper:#fff;--faint:#777;--line:#ddd;--learn:0,114,178;--incompat:213,94,0}
-@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333;--learn:86,180,233;--incompat:230,140,30}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:auto;padding:1rem 1rem 12rem}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
-td{border-top:1px solid var(--line);padding:.15rem .4rem}.n{text-align:right;white-space:nowrap}.faint{color:var(--faint)}
-svg{width:100%;min-width:5rem;max-width:16rem;height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink)}
-.map{font:15px/1.9 ui-monospace,monospace;overflow-wrap:anywhere;border-top:1px solid var(--line);padding:.6rem 0}
-.t{background:linear-gradient(rgba(var(--learn),var(--a)),rgba(var(--learn),var(--a))),linear-gradient(rgba(var(--incompat),var(--b)),rgba(var(--incompat),var(--b)));border-radius:2px;white-space:pre-wrap}
+:root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333;
+--learn:60,150,220;--other:215,110,20}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
+margin:auto;padding:1rem 1rem 9rem}
+table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem}
+td{border-top:1px solid var(--line);padding:.15rem .5rem;white-space:nowrap}.n{text-align:right}
+svg{width:14rem;height:1.1rem}rect{fill:rgb(var(--learn))}
+line{stroke:var(--ink);stroke-width:1.5;vector-effect:non-scaling-stroke}.faint{color:var(--faint)}
+.map{font:15px/1.9 ui-monospace,monospace;overflow-wrap:anywhere;border-top:1px solid var(--line)}
+.t{--l:rgba(var(--learn),var(--a));--o:rgba(var(--other),var(--b));white-space:pre-wrap;
+background:linear-gradient(var(--l),var(--l)),linear-gradient(var(--o),var(--o))}
 .t:hover,.t:focus{outline:2px solid var(--ink)}
-.t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;left:0;right:0;bottom:0;padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;line-height:1.4;white-space:pre-wrap;z-index:1}
+.t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;left:0;right:0;bottom:0;
+padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;line-height:1.4}
 """
 
 def visible(text):
-    """Escaped for HTML, with spaces and newlines that can be seen. Token text may be anything."""
+    """Escaped, because a token may spell anything; spaces and newlines can be seen."""
     return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n").replace("\t", "\u21e5")
 
-def token_map(contexts):  # contexts: [(prompt text, [(token text, D_learn, D_incompat, tip)])]
-    maps = []
-    for prompt, tokens in contexts:
-        spans = "<wbr>".join(
-            f'<span class="t" tabindex="0" style="--a:{learn:.2f};--b:{incompat:.2f}" '
-            f'data-tip="{html.escape(tip)}">{visible(text)}</span>' for text, learn, incompat, tip in tokens)
-        maps.append(f'<p class="map"><span class="faint">{visible(prompt)}</span><wbr>{spans}</p>')
-    return "\n".join(maps)
+def token_map(contexts):  # [(prompt, [(token, D_learn, D_incompat, what pointing at it shows)])]
+    def span(token, learn, incompat, tip):
+        return (f'<span class="t" tabindex="0" style="--a:{learn:.2f};--b:{incompat:.2f}" '
+                f'data-tip="{html.escape(tip)}">{visible(token)}</span>')
+    return "".join(f'<p class="map"><span class="faint">{visible(prompt)}</span><wbr>'
+                   + "<wbr>".join(span(*token) for token in tokens) for prompt, tokens in contexts)
 
 def as_page(report, top_k, contexts):
-    """One self-contained page: no script, nothing loaded from elsewhere."""
+    """One self-contained page: no script, and nothing is loaded from elsewhere."""
     parts = []
     for title, reading, rows in tables(report, top_k):
         low = min(0, *(e["low"] for _, e, _ in rows))
-        scale = 100 / (max(1e-9, *(e["high"] for _, e, _ in rows)) - low)
-        cells = []
+        width = max(1e-9, *(e["high"] for _, e, _ in rows)) - low
+        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}<table>")
         for label, e, paper in rows:
-            zero, value, left, right = ((x - low) * scale for x in (0, e["value"], e["low"], e["high"]))
-            cells.append(
+            zero, value, left, right = (
+                100 * (x - low) / width for x in (0, e["value"], e["low"], e["high"]))
+            parts.append(
                 f'<tr><td>{html.escape(label)}<td class="n">{e["value"]:.4f}<td class="n faint">'
-                f'{e["low"]:.4f} to {e["high"]:.4f}<td><svg viewBox="0 0 100 10" preserveAspectRatio="none">'
-                f'<rect x="{min(zero, value):.2f}" y="2" width="{abs(value - zero):.2f}" height="6"/>'
-                f'<line x1="{left:.2f}" x2="{right:.2f}" y1="5" y2="5"/><line x1="{zero:.2f}" '
-                f'x2="{zero:.2f}" y1="0" y2="10"/></svg><td class="faint">{paper}')
-        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}</p><table>"
-                     + "\n".join(cells) + "</table>")
-    notes = html.escape(f"{report['contexts']} contexts, {report['positions']} positions. "
-                        + " ".join(report["notes"]))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Which disagreement was learned?</title>
+                f'{e["low"]:.4f} to {e["high"]:.4f}<td><svg viewBox="0 0 100 10" '
+                f'preserveAspectRatio="none"><rect x="{min(zero, value):.2f}" y="2" height="6" '
+                f'width="{abs(value - zero):.2f}"/><line x1="{left:.2f}" x2="{right:.2f}" y1="5" y2="5"/>'
+                f'<line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" y2="10"/></svg>'
+                f'<td class="faint">{"paper " * bool(paper)}{paper}')
+        parts.append("</table>")
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What was learned?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
 <h1>Which disagreement was learned?</h1>
 <p>A student wrote these responses; its teacher disagrees at many of their tokens. <b>Learnable</b>
-disagreement reweights tokens the student already considers; <b>incompatible</b> disagreement wants
-tokens it does not consider. G is how much KL(teacher || student) fell at a position through
-training, in nats. {notes} Whiskers: 95 % cluster bootstrap over contexts.</p>
-<h2>Token map</h2><p><span class="t" style="--a:.8;--b:0">learnable</span> <span class="t"
-style="--a:0;--b:.8">incompatible</span>, stronger for more; the prompt is grey. Point at a token, or
-tap it, for its numbers. \u00b7 is a space, \u21b5 a newline.</p>
+disagreement reweights tokens that the student already considers; <b>incompatible</b> disagreement
+wants tokens that it does not. G is how much KL(teacher || student) fell at a position through
+training, in nats. {report["contexts"]} contexts, {report["positions"]} positions.
+{html.escape(report["note"])} Whiskers: 95 % cluster bootstrap over contexts.
+<h2>Token map</h2><p><span class="t" style="--a:.9;--b:0">learnable</span> <span class="t"
+style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.45;--b:.45">half of each</span>,
+stronger for more; prompts are grey, \u00b7 is a space, \u21b5 a newline. Point at a token, or tap it.
 {token_map(contexts)}
 {"".join(parts)}</html>"""
 
 # ---- The program.
 def compare(runs):
-    """A Markdown table of finished opd.py runs: held-out results after training, mean and sample
-    standard deviation over seeds, and the paired difference from full OPD and from random."""
+    """Markdown table of finished opd.py runs: held-out results after training, mean ± sample standard
+    deviation over seeds, and differences from full OPD and from random, paired by seed."""
     keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
     cells, missing = defaultdict(dict), []
-    for run in map(Path, runs):
+    for run in runs:
         try:
-            summary = json.loads((run / "summary.json").read_text())
+            summary = json.loads((Path(run) / "summary.json").read_text())
             args, after = summary["args"], summary["after"]
         except (OSError, ValueError, KeyError):
-            missing.append(str(run))
+            missing.append(run)
             continue
-        budget = 1 if args["select"] == "full" else args["budget"]
-        cells[args["select"], budget][args["seed"]] = [after.get(key, math.nan) for key in keys]
+        cell = args["select"], 1 if args["select"] == "full" else args["budget"]
+        cells[cell][args["seed"]] = {key: after.get(key, math.nan) for key in keys}
     def show(values, sign=""):
-        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-        return f"{np.mean(values):{sign}.4f} ± {spread:.4f}" if values else "missing"
-    print("| method | budget | seeds | " + " | ".join(keys) + " | KL - full | KL - random | NLL - full |")
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        return f"{np.mean(values):{sign}.4f}{spread}" if values else "missing"
+    def paired(key, seeds, others):
+        return show([row[key] - others[s][key] for s, row in seeds.items() if s in others], "+")
+    print("| method | budget | seeds |", " | ".join(keys), "| KL - full | KL - random | NLL - full |")
     print("|---" * (len(keys) + 6) + "|")
     for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
-        def paired(other, column):
-            return show([row[column] - other[seed][column] for seed, row in seeds.items() if seed in other], "+")
         full, random = cells.get(("full", 1), {}), cells.get(("random", budget), {})
-        row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
-        row += [paired(full, 0), paired(random, 0), paired(full, 2)]
-        print(f"| {method} | {budget:.0%} | {len(seeds)} | " + " | ".join(row) + " |")
+        row = [show([values[key] for values in seeds.values()]) for key in keys]
+        row += [paired("reverse_kl", seeds, full), paired("reverse_kl", seeds, random),
+                paired("reference_nll", seeds, full)]
+        print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")
     if missing:
-        print("\nunfinished or unreadable: " + ", ".join(missing))
+        print("\nnot finished:", *missing)
 
 def main(argv=None):
     """Steps 1 to 5 of the docstring at the top."""
@@ -289,8 +288,7 @@ def main(argv=None):
     pair, training, held_out = opd.prepare(args)
     student = trained_student(args, pair) if args.after else pair.student
     out = opd.new_folder(args.out, "diagnosis")
-    notes = [f"Contexts come from {len(held_out)} held-out prompts"
-             + (", some more than once." if len(held_out) < args.contexts else ".")]
+    note = f"{len(held_out)} held-out prompts" + ", some used twice or more" * (len(held_out) < args.contexts)
 
     torch.manual_seed(args.seed)
     prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
@@ -313,10 +311,9 @@ def main(argv=None):
     after = dict(zip(names, score_contexts(pair._replace(student=student), batches, args, lambda p, q, y: (
         opd.forward_kl(p, q), opd.reverse_kl(p, q)))))
     G = scores["forward_kl"] - after["forward_kl"]
-    if np.ptp(G) < 1e-12:
-        notes.append("G is the same at every position: this student has not changed.")
+    note += "; G is 0 everywhere, as this student has not changed." if not G.any() else "."
     weights = cluster_weights(len(lengths), args.bootstrap, args.seed)
-    report = {"contexts": len(lengths), "positions": len(G), "notes": notes,
+    report = {"contexts": len(lengths), "positions": len(G), "note": note,
               **statistics(scores, G, supports, args.top_k, weights, args.seed), "args": vars(args),
               "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
 

@@ -13,16 +13,15 @@ Disagreement Is Learnable", arXiv 2605.26844). One training step:
   4. update   one optimizer step on the mean reverse KL(student || teacher) of the kept positions
                                                                              token_loss, backward
 
-p is the student's, q the teacher's next-token distribution; KL and entropy are in nats. B responses,
-P prompt tokens, R response positions, V vocabulary, N valid positions, E hidden width. "Top-k" is
-only ever K, the support of D and C; the share of positions kept is `budget`; no filter on sampling.
+p is the student's, q the teacher's next-token distribution; KL and entropy in nats. B responses, P
+prompt tokens, R response positions, V vocabulary, N valid positions, E hidden width. "Top-k" is
+always K, the support of D and C; the share of positions kept is `budget`; sampling has no filter.
 Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
 """
 import argparse, json, math, sys, time
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
-
 import numpy
 import torch
 import transformers
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
            "compatibility", "incompatible", "random")
-CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator returns when they are freed
+CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator gives back when freed
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
 
@@ -131,8 +130,7 @@ class Pair(NamedTuple):
     width: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
-def fail(message, status=2):
-    """Stop the program with one clear line."""
+def fail(message, status=2):  # one clear line, no traceback
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -171,27 +169,28 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):
     return Pair(student, teacher.requires_grad_(False), tokenizer, eos_ids, width, temperature)
 
 def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
-    """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit the models."""
+    """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit in."""
     tokenizer, examples = pair.tokenizer, []
     limit = min(getattr(m.config, "max_position_embeddings", None) or 10**9 for m in pair[:2])
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(tqdm(lines, desc="reading prompts", disable=None), 1):
-            try:
-                record = json.loads(line)
-                chat = "messages" in record
-                text = record["prompt"] if not chat else tokenizer.apply_chat_template(
-                    record["messages"], tokenize=False, add_generation_prompt=True)
-                # Never two BOS: a chat template writes its own, and a text may bring one.
-                bos = not chat and not text.startswith(tokenizer.bos_token or "\0")
-                prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
-                tail = tokenizer(record.get("reference", ""), add_special_tokens=False).input_ids
-            except Exception as error:  # no JSON, no such key, no text, no chat template
-                fail(f"{path}, line {number}: not a record with `prompt` (text) or `messages` (chat) "
-                     f"and perhaps `reference` (text): {' '.join(repr(error).split())}")
-            if not 0 < len(prompt) <= limit - room:
-                fail(f"{path}, line {number}: {len(prompt)} tokens; before {room} new ones the models "
-                     f"take 1 to {limit - room} (--max-prompt-tokens, --max-new-tokens)")
-            examples.append((prompt, tail[:limit - len(prompt)]))
+    with open(path, encoding="utf-8") as file:
+        lines = list(file)
+    for number, line in enumerate(tqdm(lines, desc="reading prompts", disable=None), 1):
+        try:
+            record = json.loads(line)
+            chat = "messages" in record
+            text = record["prompt"] if not chat else tokenizer.apply_chat_template(
+                record["messages"], tokenize=False, add_generation_prompt=True)
+            # Never two BOS: a chat template writes its own, and a text may bring one.
+            bos = not chat and not text.startswith(tokenizer.bos_token or "\0")
+            prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
+            tail = tokenizer(record.get("reference", ""), add_special_tokens=False).input_ids
+        except Exception as error:  # no JSON, no such key, no text, no chat template
+            fail(f"{path}, line {number}: needs `prompt` (text) or `messages` (a chat), and may have "
+                 f"`reference` (text); {' '.join(repr(error).split())}")
+        if not 0 < len(prompt) <= limit - room:
+            fail(f"{path}, line {number}: {len(prompt)} tokens; the models take 1 to {limit - room} "
+                 f"before {room} new ones (--max-prompt-tokens, --max-new-tokens)")
+        examples.append((prompt, tail[:limit - len(prompt)]))
     return examples
 
 # ---- Rollouts, and what the two models say about them.
@@ -240,13 +239,17 @@ def project(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q: float32, of the shared width, at the pair's temperature."""
     return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
 
-@torch.no_grad()
-def measure(pair, batch, hidden, teacher_hidden, function):  # -> one [N, ...] for each result
-    """function(student_logits, teacher_logits, tokens) -> tuple, over all positions in chunks."""
-    columns = (x.split(max(1, CHUNK // pair.width)) for x in (hidden, teacher_hidden, tokens(batch)))
-    results = [function(project(pair, pair.student, h), project(pair, pair.teacher, t), y)
-               for h, t, y in zip(*columns)]
-    return [torch.cat(result) for result in zip(*results)]
+def measure(pair, batch, size, function, graph=False):  # -> [N, ...] each, [N, E], [N, E']
+    """function(student_logits, teacher_logits, tokens) -> tuple at all positions, chunk by chunk; then
+    the hidden states of student (with their graph, if wanted) and teacher."""
+    with torch.set_grad_enabled(graph):
+        hidden = backbone(pair.student, batch, size)
+    with torch.no_grad():
+        columns = hidden, backbone(pair.teacher, batch, size), tokens(batch)
+        parts = zip(*(column.split(max(1, CHUNK // pair.width)) for column in columns))
+        results = [function(project(pair, pair.student, h), project(pair, pair.teacher, t), y)
+                   for h, t, y in parts]
+    return [torch.cat(result) for result in zip(*results)], *columns[:2]
 
 def backward(pair, kind, hidden, teacher_hidden, tokens, divisor):  # [n, E], [n, E'], [n] -> float
     """Backpropagate sum(loss) / divisor and return it. The chain rule is cut at the hidden states,
@@ -267,30 +270,27 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     over the tokens of the references. KL, entropy, NLL in nats; agreement of both first choices."""
     torch.manual_seed(args.seed)
     size, rows = args.micro_batch_size or args.batch_size, ([], [], [])
-    def compare(batch, function):
-        hidden, teacher_hidden = (backbone(m, batch, size) for m in (pair.student, pair.teacher))
-        return torch.stack(measure(pair, batch, hidden, teacher_hidden, function)).float()
     for i in tqdm(range(0, len(examples), args.batch_size), desc="evaluating", disable=None):
         prompts, references = zip(*examples[i:i + args.batch_size])
         batch = rollout(pair, prompts, args.max_new_tokens)
-        rows[0].append(compare(batch, lambda p, q, y: (
-            reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1))))
-        rows[1].append(torch.stack([batch.mask.sum(-1), batch.truncated]).float())
+        rows[0].append(measure(pair, batch, size, lambda p, q, y: (
+            reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1)))[0])
+        rows[1].append([batch.mask.sum(-1), batch.truncated])
         if any(references):  # these take the place of the responses
             ids, mask = pair.tokenizer.pad({"input_ids": references}, padding_side="right",
                                            return_tensors="pt").to(batch.ids.device).values()
             ids, attention = (torch.cat([x[:, :-batch.mask.shape[1]], y], -1)
                               for x, y in ((batch.ids, ids), (batch.attention, mask)))
             batch = Rollout(ids, attention, mask == 1, batch.truncated)
-            rows[2].append(compare(batch, lambda p, q, y: (
-                cross_entropy(p, y, reduction="none"), p.argmax(-1) == y)))
-    names = ("reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated",
-             "reference_nll", "reference_accuracy")
-    return dict(zip(names, torch.cat([torch.cat(x, -1).mean(-1) for x in rows if x]).tolist()))
+            rows[2].append(measure(pair, batch, size, lambda p, q, y: (
+                cross_entropy(p, y, reduction="none"), p.argmax(-1) == y))[0])
+    means = [float(torch.cat(column).float().mean()) for part in rows for column in zip(*part)]
+    return dict(zip(("reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated",
+                     "reference_nll", "reference_accuracy"), means))
 
 # ---- Training: one pass of the loop is one step.
 def train(pair, examples, args, out):
-    """Train in place. Chance depends on seed and step alone, so that --resume continues bit for bit."""
+    """Train in place. Chance depends on seed and step alone: --resume continues bit for bit."""
     student, size, first = pair.student, args.micro_batch_size or args.batch_size, 0
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.1)
     if args.resume:
@@ -305,43 +305,36 @@ def train(pair, examples, args, out):
         prompts = [examples[order[n % len(order)]][0] for n in numbers]
         batch = rollout(pair, prompts, args.max_new_tokens)  # 1. rollout
         rolled = time.time()
-
-        with torch.set_grad_enabled(size >= args.batch_size):  # 2. score; its graph serves 4 too
-            hidden = backbone(student, batch, size)
-        teacher_hidden = backbone(pair.teacher, batch, size)
-        values = measure(pair, batch, hidden, teacher_hidden, lambda p, q, y: (entropy(p), divergence(
-            p, q, args.top_k), compatibility(p, q, args.top_k), reverse_kl(p, q)))  # [N] each
+        values, hidden, teacher_hidden = measure(pair, batch, size, lambda p, q, y: (  # 2. score
+            entropy(p), divergence(p, q, args.top_k), compatibility(p, q, args.top_k),
+            reverse_kl(p, q)), graph=size >= args.batch_size)  # the update needs no second forward
         H, D, C, kl = (torch.zeros_like(batch.mask, dtype=z.dtype).masked_scatter(batch.mask, z)
                        for z in values)  # [B, R] each
-
         scores = position_scores(args.select, H, D, C, batch.mask, generator.manual_seed(seed))
         keep = select_positions(scores, batch.mask, 1 if args.select == "full" else args.budget)
-        kept, valid, selected = int(keep.sum()), int(batch.mask.sum()), time.time()  # 3. select
-
+        kept, valid, scored = int(keep.sum()), int(batch.mask.sum()), time.time()  # 3. select
         loss, parts = 0.0, split(batch, size)  # 4. update
         counts = [int(part.mask.sum()) for part in parts]
         columns = (x.split(counts) for x in (keep[batch.mask], teacher_hidden))
         for part, rows, t in zip(parts, *columns):
             if rows.any():  # the divisor is the whole batch's, however the batch is cut
                 h = hidden if len(parts) == 1 else backbone(student, part, size)
-                loss += backward(pair, args.loss, h[rows], t[rows], tokens(part)[rows], divisor=kept)
+                loss += backward(pair, args.loss, h[rows], t[rows], tokens(part)[rows], kept)
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         optimizer.step()
         optimizer.zero_grad()
-
         H, D, C, kl, cut = (float(z.mean()) for z in (*values, batch.truncated.float()))
-        line = {"step": step, "loss": loss, "kl_all": kl, "kept": kept, "valid": valid, "entropy": H,
-                "divergence": D, "compatibility": C, "mean_length": valid / len(prompts),
-                "truncated": cut, "padding": 1 - valid / keep.numel(), "lr": lr,
-                "rollout_seconds": rolled - started, "score_seconds": selected - rolled,
-                "seconds": time.time() - started}
+        line = {"step": step, "loss": loss, "kl_all": kl, "kept": kept, "valid": valid,
+                "entropy": H, "divergence": D, "compatibility": C,
+                "mean_length": valid / len(prompts), "truncated": cut, "lr": lr,
+                "seconds": time.time() - started, "rollout_seconds": rolled - started,
+                "score_seconds": scored - rolled, "padding": 1 - valid / keep.numel()}
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
-        tqdm.write(f"step {step}  loss {loss:.3f}  kl_all {kl:.3f}  kept {kept}/{valid}  H {H:.2f}  "
-                   f"D {D:.3f}  C {C:.3f}  length {valid / len(prompts):.1f}  {line['seconds']:.2f} s")
+        tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in list(line.items())[:12]))
         if step % 20 == 0:
             texts = pair.tokenizer.batch_decode([prompts[0], tokens(split(batch, 1)[0])])
             tqdm.write("  sample: {!r} -> {!r}".format(*texts))
@@ -361,8 +354,9 @@ def save(pair, folder, state=None):
 
 # ---- The embedded pair, the command line, the program.
 PAIR = Path("runs/pair")
-DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "prompts": f"{PAIR}/prompts.jsonl",
-        "steps": 100, "batch_size": 24, "max_new_tokens": 40, "lr": 3e-4, "eval_prompts": 300}
+DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "steps": 100, "lr": 3e-4,
+        "prompts": f"{PAIR}/prompts.jsonl", "batch_size": 24, "max_new_tokens": 40,
+        "eval_prompts": 300}
 
 def build_pair():
     """Train a teacher, and a smaller student for less long, on the text of Python's own manual, and
@@ -377,13 +371,15 @@ def build_pair():
     documents = [tokenizer(p).input_ids + [tokenizer.eos_token_id] for p in paragraphs]
     stream = torch.tensor(sum(documents[:cut], []))
     beside = PAIR.with_name("pair.partial")
-    for name, layers, width, steps, rows in ("teacher", 4, 128, 600, 24), ("student", 2, 96, 300, 16):
+    sizes = ("teacher", 4, 128, 600, 24), ("student", 2, 96, 300, 16)
+    for name, layers, width, steps, rows in sizes:
         torch.manual_seed(layers)
+        heads, eos = width // 32, tokenizer.eos_token_id
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-            vocab_size=1024, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32,
+            vocab_size=1024, hidden_size=width, intermediate_size=3 * width, head_dim=32,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
             max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+            eos_token_id=eos, pad_token_id=eos))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
         for _ in tqdm(range(steps), desc=f"building the demo's {name}", disable=None):
@@ -468,23 +464,24 @@ def main(args):
         save(pair, out / "student")
         fail(f"interrupted; the student as it is now is in {out / 'student'}", 130)
     save(pair, out / "student")
-    after, seconds = evaluate(pair, held_out, args), time.time() - started
-    versions = {m.__name__: m.__version__ for m in (torch, transformers)}
-    (out / "summary.json").write_text(json.dumps({
-        "args": vars(args), "versions": versions, "seconds": seconds, "before": before, "after": after}))
+    summary = {"args": vars(args), "torch": torch.__version__, "before": before,
+               "transformers": transformers.__version__, "after": evaluate(pair, held_out, args)}
+    summary["seconds"] = time.time() - started
+    (out / "summary.json").write_text(json.dumps(summary))
     print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
     for name in before:
-        print(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
-    print(f"{seconds:.0f} s; student/, log.jsonl and summary.json are in {out}")
+        print(f"{name:20}{before[name]:10.4f}{summary['after'][name]:10.4f}")
+    print(f"{summary['seconds']:.0f} s; student/, log.jsonl and summary.json are in {out}")
 
-def run(program):
-    """Whatever stops the program from outside gets one line instead of a traceback."""
+def run(program):  # whatever stops it from outside gets one line, too
     try:
         program()
     except KeyboardInterrupt:
         fail("interrupted; what had been saved is intact", 130)
-    except (OSError, UnicodeDecodeError, torch.OutOfMemoryError) as error:
-        fail(f"{error} (out of GPU memory? lower --micro-batch-size, then --batch-size)")
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --micro-batch-size, then --batch-size", 1)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(error)
 
 if __name__ == "__main__":
     run(lambda: main(parse_args()))
