@@ -50,7 +50,7 @@ def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
 
 def estimate(values):  # [1 + draws] -> {"value", "low", "high"}
     """The sample's value, and the 2.5 % and 97.5 % quantiles of its bootstrap draws."""
-    low, high = np.nanquantile(values[1:], [0.025, 0.975]) if np.isfinite(values[1:]).any() else (0, 0)
+    low, high = np.nanquantile(values[1:], [0.025, 0.975])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 def by_context(values, context, contexts):  # [N, ...] -> [contexts, ...] sums
@@ -58,9 +58,12 @@ def by_context(values, context, contexts):  # [N, ...] -> [contexts, ...] sums
     np.add.at(sums, context, values)
     return sums
 
+def zscore(values):  # [N] -> [N] of mean 0 and variance 1, or zeros for a constant
+    return (values - values.mean()) / max(values.std(), 1e-12)
+
 def ols(regressors, outcome, context, weights):  # [N] each -> slopes [1 + draws, p], R2 [1 + draws]
-    """Least squares with an intercept for every row of weights, all variables z-scored once on the
-    sample. Moments are summed by context first, so a thousand draws cost little more than one."""
+    """Least squares with intercept for every row of weights; variables z-scored on the sample. The
+    moments are summed by context first, so that a thousand draws cost little more than one."""
     X = np.column_stack([np.ones(len(outcome)), *map(zscore, regressors)])
     y, n = zscore(outcome), weights.shape[1]
     XX = np.tensordot(weights, by_context(X[:, :, None] * X[:, None, :], context, n), 1)
@@ -70,11 +73,6 @@ def ols(regressors, outcome, context, weights):  # [N] each -> slopes [1 + draws
     total = yy - Xy[:, 0] ** 2 / size
     residual = yy - (beta * Xy).sum(-1)
     return beta[:, 1:], 1 - residual / np.where(total > 1e-12, total, np.inf)
-
-def zscore(values):  # [N] -> [N]
-    """Mean 0, variance 1; a constant becomes zeros."""
-    spread = values.std()
-    return (values - values.mean()) / (spread if spread > 1e-12 else np.inf)
 
 def group_mean(outcome, member, context, weights):  # [N], [N] bool -> [1 + draws]
     """Mean outcome of the members; nan in a draw that has none."""
@@ -110,15 +108,15 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
         f = features(scores, k)
         for name in REGRESSORS + BASELINE:
             if np.ptp(f[name]) < 1e-12:
-                opd.fail(f"{name} is the same at all positions (K = {k}), so the regression would be "
+                opd.fail(f"{name} is the same at all positions (K = {k}), so that the regression is "
                          "singular; use more contexts or longer responses")
         for part, outcome in (("decomposition", G), ("decomposition_relative", ratio)):
             slopes, r2 = ols([f[name] for name in REGRESSORS], outcome, context, weights)
             _, baseline = ols([f[name] for name in BASELINE], outcome, context, weights)
-            learn, incompat = slopes[:, 1], slopes[:, 2]
-            values = {"learn": learn, "incompat": incompat, "gap": learn - incompat, "r2": r2,
-                      "r2_baseline": baseline}
-            report[part][str(k)] = {name: estimate(value) for name, value in values.items()}
+            report[part][str(k)] = {
+                "learn": estimate(slopes[:, 1]), "incompat": estimate(slopes[:, 2]),
+                "gap": estimate(slopes[:, 1] - slopes[:, 2]), "r2": estimate(r2),
+                "r2_baseline": estimate(baseline)}
         # Q3: the student is sure (H below the median) and yet in disagreement (D above it).
         q3 = np.flatnonzero((f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"])))
         def member(name, groups, group):  # [N] bool: in Q3, and there in that group by `name`
@@ -146,34 +144,34 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
 # ---- The report: a list of tables, shown as text and as a page.
 def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the paper's figure)])]
     paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045"}
-    names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat", "r2": "R2",
-             "r2_baseline": "R2 with H, D, H*D"}
-    result = [(f"Decomposition of {outcome}", "Standard deviations that the outcome rises with one more "
-               "of a regressor, the others fixed. Gap above 0: learnable disagreement is learned more.",
-               [(f"K={k} {names[name]}", e, paper.get(name, ""))
-                for k, fit in report[part].items() for name, e in fit.items()])
-              for part, outcome in (("decomposition", "G in nats"),
-                                    ("decomposition_relative", "G / KL before, winsorised"))]
-    result.append((
-        "Where the student is sure and disagrees (H below, D above the median)", "Mean G in nats. First "
-        "rows above 0: positions there improve more when they are compatible.",
-        [(f"K={k} top - bottom third of C", fit["top_minus_bottom"], "")
-         for k, fit in report["q3"].items()]
-        + [(f"K={top_k} {name}", e, "") for name, e in report["q3"][str(top_k)].items() if " " in name]))
-    result.append(("Rank correlation with G (Spearman)", "Which quantity before training orders positions "
-                   "by how much they will improve? D is the raw disagreement.",
+    names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat",
+             "r2": "R2", "r2_baseline": "R2 with H, D, H*D"}
+    result = []
+    for part, outcome in (("decomposition", "G in nats"),
+                          ("decomposition_relative", "G / KL before, winsorised")):
+        result.append((f"Decomposition of {outcome}", "By how many standard deviations it rises with "
+                       "one more of each; above 0, the gap says: the learnable is learned more.",
+                       [(f"K={k} {names[name]}", e, paper.get(name, ""))
+                        for k, fit in report[part].items() for name, e in fit.items()]))
+    q3, matched = report["q3"], report["matched"]
+    result.append(("Sure, and yet in disagreement (H below, D above the median)", "Mean G in nats; "
+                   "top - bottom above 0: where more compatible, positions improve more.",
+                   [(f"K={k} top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3]
+                   + [(f"K={top_k} {name}", e, "") for name, e in q3[str(top_k)].items()
+                      if "quartile" in name]))
+    result.append(("Rank correlation with G (Spearman)", "What orders positions by their gain? D is "
+                   "the raw disagreement.",
                    [(name, e, "") for name, e in report["rank_correlation"].items()]))
-    result += [(f"Mean G of the {float(budget):.0%} of positions each method would keep", "In nats, all at "
-                "the same count; `full` is the mean over all positions.",
-                [(method, e, "") for method, e in methods.items()])
-               for budget, methods in report["matched"].items()]
+    result += [(f"Mean G of the {float(budget):.0%} of positions that each method would keep",
+                "In nats, all at the same count; `full` is the mean over all positions.",
+                [(method, e, "") for method, e in matched[budget].items()]) for budget in matched]
     return result
 
 def as_text(report, top_k):
     lines = [f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}"]
     for title, reading, rows in tables(report, top_k):
         lines += ["", title, reading]
-        lines += [f"  {label:32}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
+        lines += [f"  {label:30}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
                   + f"   paper {paper}" * bool(paper) for label, e, paper in rows]
     return "\n".join(lines)
 
@@ -197,7 +195,7 @@ padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;lin
 
 def visible(text):
     """Escaped, because a token may spell anything; spaces and newlines can be seen."""
-    return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n").replace("\t", "\u21e5")
+    return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n")
 
 def token_map(contexts):  # [(prompt, [(token, D_learn, D_incompat, what pointing at it shows)])]
     def span(token, learn, incompat, tip):
@@ -220,8 +218,8 @@ def as_page(report, top_k, contexts):
                 f'<tr><td>{html.escape(label)}<td class="n">{e["value"]:.4f}<td class="n faint">'
                 f'{e["low"]:.4f} to {e["high"]:.4f}<td><svg viewBox="0 0 100 10" '
                 f'preserveAspectRatio="none"><rect x="{min(zero, value):.2f}" y="2" height="6" '
-                f'width="{abs(value - zero):.2f}"/><line x1="{left:.2f}" x2="{right:.2f}" y1="5" y2="5"/>'
-                f'<line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" y2="10"/></svg>'
+                f'width="{abs(value - zero):.2f}"/><line x1="{left:.2f}" x2="{right:.2f}" y1="5" '
+                f'y2="5"/><line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" y2="10"/></svg>'
                 f'<td class="faint">{"paper " * bool(paper)}{paper}')
         parts.append("</table>")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What was learned?</title>
@@ -233,38 +231,35 @@ wants tokens that it does not. G is how much KL(teacher || student) fell at a po
 training, in nats. {report["contexts"]} contexts, {report["positions"]} positions.
 {html.escape(report["note"])} Whiskers: 95 % cluster bootstrap over contexts.
 <h2>Token map</h2><p><span class="t" style="--a:.9;--b:0">learnable</span> <span class="t"
-style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.45;--b:.45">half of each</span>,
-stronger for more; prompts are grey, \u00b7 is a space, \u21b5 a newline. Point at a token, or tap it.
+style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.45;--b:.45">some of both</span>,
+stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at a token, or tap it.
 {token_map(contexts)}
 {"".join(parts)}</html>"""
 
 # ---- The program.
 def compare(runs):
-    """Markdown table of finished opd.py runs: held-out results after training, mean ± sample standard
-    deviation over seeds, and differences from full OPD and from random, paired by seed."""
+    """Markdown: held-out results of finished opd.py runs after training, mean ± sample deviation
+    over seeds, and their differences from full OPD and from random, paired by seed."""
     keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
     cells, missing = defaultdict(dict), []
     for run in runs:
         try:
             summary = json.loads((Path(run) / "summary.json").read_text())
-            args, after = summary["args"], summary["after"]
+            args = summary["args"]
+            cell = args["select"], 1 if args["select"] == "full" else args["budget"]
+            cells[cell][args["seed"]] = [summary["after"].get(key, math.nan) for key in keys]
         except (OSError, ValueError, KeyError):
             missing.append(run)
-            continue
-        cell = args["select"], 1 if args["select"] == "full" else args["budget"]
-        cells[cell][args["seed"]] = {key: after.get(key, math.nan) for key in keys}
     def show(values, sign=""):
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         return f"{np.mean(values):{sign}.4f}{spread}" if values else "missing"
-    def paired(key, seeds, others):
-        return show([row[key] - others[s][key] for s, row in seeds.items() if s in others], "+")
-    print("| method | budget | seeds |", " | ".join(keys), "| KL - full | KL - random | NLL - full |")
+    print("| method | budget | seeds |", " | ".join(keys), "| KL-full | KL-random | NLL-full |")
     print("|---" * (len(keys) + 6) + "|")
     for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
         full, random = cells.get(("full", 1), {}), cells.get(("random", budget), {})
-        row = [show([values[key] for values in seeds.values()]) for key in keys]
-        row += [paired("reverse_kl", seeds, full), paired("reverse_kl", seeds, random),
-                paired("reference_nll", seeds, full)]
+        row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
+        row += [show([values[i] - other[s][i] for s, values in seeds.items() if s in other], "+")
+                for other, i in ((full, 0), (random, 0), (full, 2))]
         print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")
     if missing:
         print("\nnot finished:", *missing)
@@ -280,60 +275,62 @@ def main(argv=None):
     args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
     if args.compare:
         return compare(args.compare)
-    if args.contexts < 5 or args.resume:
-        opd.fail("--resume belongs to opd.py: finish the run, then give its student to --after"
-                 if args.resume else f"--contexts {args.contexts}: a bootstrap over contexts needs 5")
+    if args.resume:
+        opd.fail("--resume belongs to opd.py: finish the run, then give its student to --after")
+    if args.contexts < 5:
+        opd.fail(f"--contexts {args.contexts}: a bootstrap over contexts needs at least 5")
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
     pair, training, held_out = opd.prepare(args)
     student = trained_student(args, pair) if args.after else pair.student
     out = opd.new_folder(args.out, "diagnosis")
-    note = f"{len(held_out)} held-out prompts" + ", some used twice or more" * (len(held_out) < args.contexts)
+    note = f"{len(held_out)} held-out prompts" + ", some repeated" * (len(held_out) < args.contexts)
 
     torch.manual_seed(args.seed)
     prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
-    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens) for i in
-               tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)]
+    starts = tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)
+    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens) for i in starts]
     supports, best = sorted({8, 16, 32, args.top_k}), min(5, pair.width)
-    names = ["forward_kl", "reverse_kl", "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports)]
     *values, student_top, teacher_top = score_contexts(pair, batches, args, lambda p, q, y: (
         opd.forward_kl(p, q), opd.reverse_kl(p, q), opd.entropy(p), opd.entropy(q),
-        *(opd.divergence(p, q, k) for k in supports),
-        *(opd.compatibility(p, q, k) for k in supports), p.topk(best).indices, q.topk(best).indices))
-    scores = dict(zip(names, values))
+        *(f(p, q, k) for f in (opd.divergence, opd.compatibility) for k in supports),
+        p.topk(best).indices, q.topk(best).indices))
     lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).cpu().numpy()
+    scores = dict(zip(["forward_kl", "reverse_kl", "H", "H_teacher",
+                       *(f"{name}{k}" for name in "DC" for k in supports)], values))
     scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
     scores["t"] = np.concatenate([np.arange(n) for n in lengths])
     scores["position"] = scores["t"] / np.maximum(np.repeat(lengths, lengths) - 1, 1)
 
     if not args.after:
         opd.train(pair, training, args, out)
-    after = dict(zip(names, score_contexts(pair._replace(student=student), batches, args, lambda p, q, y: (
-        opd.forward_kl(p, q), opd.reverse_kl(p, q)))))
-    G = scores["forward_kl"] - after["forward_kl"]
-    note += "; G is 0 everywhere, as this student has not changed." if not G.any() else "."
+    forward_after, reverse_after = score_contexts(
+        pair._replace(student=student), batches, args,
+        lambda p, q, y: (opd.forward_kl(p, q), opd.reverse_kl(p, q)))
+    G = scores["forward_kl"] - forward_after
+    note += "." if G.any() else "; G is 0 everywhere: this student has not changed."
     weights = cluster_weights(len(lengths), args.bootstrap, args.seed)
     report = {"contexts": len(lengths), "positions": len(G), "note": note,
               **statistics(scores, G, supports, args.top_k, weights, args.seed), "args": vars(args),
               "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
 
-    f = features(scores, args.top_k)
-    decode, ids = pair.tokenizer.decode, torch.cat([opd.tokens(batch) for batch in batches]).tolist()
+    decode, f = pair.tokenizer.decode, features(scores, args.top_k)
+    columns = scores | {"forward_kl_after": forward_after, "reverse_kl_after": reverse_after, "G": G,
+                        "id": torch.cat([opd.tokens(batch) for batch in batches]).cpu().numpy()}
     lines, shown = [], [(decode(prompt), []) for prompt in prompts[:12]]
-    for n, (c, token) in enumerate(zip(scores["context"], map(decode, ids))):
-        line = {"token": token, "id": ids[n], **{name: scores[name][n].item() for name in scores},
-                **{f"{name}_after": after[name][n].item() for name in after}, "G": G[n].item()}
-        lines.append(json.dumps(line))
-        if c < len(shown):
-            first = ["  ".join(repr(decode(i)) for i in top[n].tolist())
-                     for top in (student_top, teacher_top)]
-            H, D, C = (scores[name][n] for name in ("H", f"D{args.top_k}", f"C{args.top_k}"))
-            shown[c][1].append((token, f["D_learn"][n], f["D_incompat"][n], (
-                f"{token!r}   H {H:.2f}   D {D:.2f}   C {C:.2f}   G {G[n]:+.3f}\n"
-                f"student: {first[0]}\nteacher: {first[1]}")))
+    for n in range(len(G)):
+        line = {name: column[n].item() for name, column in columns.items()}
+        line["token"] = decode(line["id"])
+        lines.append(json.dumps(line) + "\n")
+        if line["context"] < len(shown):
+            tip = (f"{line['token']!r}   H {line['H']:.2f}   D {line[f'D{args.top_k}']:.2f}   "
+                   f"C {line[f'C{args.top_k}']:.2f}   G {line['G']:+.3f}")
+            for who, top in (("student", student_top), ("teacher", teacher_top)):
+                tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
+            shown[line["context"]][1].append((line["token"], f["D_learn"][n], f["D_incompat"][n], tip))
     print(as_text(report, args.top_k))
-    for name, text in (("positions.jsonl", "\n".join(lines) + "\n"), ("report.json", json.dumps(report)),
-                       ("report.html", as_page(report, args.top_k, shown))):
+    for name, text in {"positions.jsonl": "".join(lines), "report.json": json.dumps(report),
+                       "report.html": as_page(report, args.top_k, shown)}.items():
         (out / f"{name}.partial").write_text(text, encoding="utf-8")
         (out / f"{name}.partial").rename(out / name)  # never half a report
     print(f"\nreport.html, report.json and positions.jsonl are in {out}")
@@ -343,7 +340,7 @@ def trained_student(args, pair):
     student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
     shapes = [{name: w.shape for name, w in m.named_parameters()} for m in (student, pair.student)]
     if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}, so "
+        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}: "
                  "it is not a trained version of it")
     return student
 

@@ -185,11 +185,11 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
             prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
             tail = tokenizer(record.get("reference", ""), add_special_tokens=False).input_ids
         except Exception as error:  # no JSON, no such key, no text, no chat template
-            fail(f"{path}, line {number}: needs `prompt` (text) or `messages` (a chat), and may have "
-                 f"`reference` (text); {' '.join(repr(error).split())}")
+            fail(f"{path}, line {number}: a record has `prompt` (text) or `messages` (a chat) and "
+                 f"perhaps `reference` (text): {' '.join(repr(error).split())}")
         if not 0 < len(prompt) <= limit - room:
-            fail(f"{path}, line {number}: {len(prompt)} tokens; the models take 1 to {limit - room} "
-                 f"before {room} new ones (--max-prompt-tokens, --max-new-tokens)")
+            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones the models take "
+                 f"1 to {limit - room} (--max-prompt-tokens, --max-new-tokens)")
         examples.append((prompt, tail[:limit - len(prompt)]))
     return examples
 
@@ -240,8 +240,8 @@ def project(pair, model, hidden):  # [n, E] -> [n, V]
     return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
 
 def measure(pair, batch, size, function, graph=False):  # -> [N, ...] each, [N, E], [N, E']
-    """function(student_logits, teacher_logits, tokens) -> tuple at all positions, chunk by chunk; then
-    the hidden states of student (with their graph, if wanted) and teacher."""
+    """function(student_logits, teacher_logits, tokens) -> tuple at all positions, in chunks, and
+    the hidden states of the student (with their graph, if wanted) and the teacher."""
     with torch.set_grad_enabled(graph):
         hidden = backbone(pair.student, batch, size)
     with torch.no_grad():

@@ -964,3 +964,34 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     # mean 1.0, sample deviation 0.2828; paired with full: 0.3 and 0.5; with random: seed 0 only, -0.1
     assert "1.0000 ± 0.2828" in row and "+0.4000 ± 0.1414" in row and "-0.1000" in row and "| 2 |" in row
     assert "broken" in out and "100%" in out
+
+
+# ---- The README
+
+
+def test_the_worked_example_of_the_readme_is_right():
+    p = torch.tensor([0.85, 0.07, 0.02, 0.02, 0.02, 0.02])
+    learnable = torch.tensor([0.05, 0.87, 0.02, 0.02, 0.02, 0.02])
+    incompatible = torch.tensor([0.245, 0.02, 0.675, 0.02, 0.02, 0.02])
+    s, t = p.log().expand(2, 6).clone().requires_grad_(), torch.stack([learnable, incompatible]).log()
+    rounded = lambda values: [round(float(x), 2) for x in values]
+    assert rounded(opd.entropy(s)) == [0.64, 0.64] and rounded(opd.forward_kl(s, t)) == [2.05, 2.05]
+    D, C = opd.divergence(s, t, 2), opd.compatibility(s, t, 2)
+    assert rounded(D) == [2.23, 2.18] and rounded(C) == [0.92, 0.27]
+    assert rounded(D * C) == [2.05, 0.58] and rounded(D * (1 - C)) == [0.18, 1.6]
+    gradient, = torch.autograd.grad(opd.reverse_kl(s, t).sum(), s)
+    assert rounded([gradient[0, 1], gradient[1, 2]]) == [-0.33, -0.09]
+    readme = (HERE / "README.md").read_text()
+    for number in ("0.64", "2.05", "2.23", "2.18", "0.92", "0.27", "0.58", "0.18", "1.60", "-0.33", "-0.09"):
+        assert number in readme
+
+
+def test_every_command_of_the_readme_uses_flags_that_exist():
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", readme)
+    known = {name: set(re.findall(r"--[a-z-]+", python(f"import {name}, sys; sys.argv[1:] = ['--help']; " + (
+        "opd.parse_args()" if name == "opd" else "diagnose.main()")).stdout)) for name in ("opd", "diagnose")}
+    assert len(commands) >= 8
+    for name, rest in commands:
+        unknown = set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - known[name]
+        assert not unknown, f"{name}.py{rest}: {unknown}"
