@@ -7,9 +7,9 @@
                G = KL(teacher || theta0) - KL(teacher || theta1), same context, full vocabulary
   5. report    which quantities of theta0 explain G?           features, statistics, tables, as_page
 
-What explains is measured at theta0 alone; G is only ever the outcome. Every interval is a 95 %
-percentile cluster bootstrap over contexts, since the positions of one response are not independent.
-Arrays are numpy's, with one entry per position (N). arXiv 2605.26844, fixed-context analysis.
+What explains is measured at theta0 alone. Intervals are 95 % percentile cluster bootstraps over
+contexts, as the positions of one response are not independent. Arrays are numpy's, one entry per
+position (N). Source: arXiv 2605.26844, fixed-context analysis.
 """
 import argparse, html, json, math, sys
 from collections import defaultdict
@@ -50,36 +50,30 @@ def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
 
 def estimate(values):  # [1 + draws] -> {"value", "low", "high"}
     """The sample's value, and the 2.5 % and 97.5 % quantiles of its bootstrap draws."""
+    if not np.isfinite(values[0]):
+        opd.fail("there are too few positions for the report's groups; use more --contexts")
     low, high = np.nanquantile(values[1:], [0.025, 0.975])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
-def by_context(values, context, contexts):  # [N, ...] -> [contexts, ...] sums
-    sums = np.zeros((contexts, *values.shape[1:]))
-    np.add.at(sums, context, values)
-    return sums
-
-def zscore(values):  # [N] -> [N] of mean 0 and variance 1, or zeros for a constant
+def zscore(values):  # [N] -> [N] of mean 0 and variance 1; a constant becomes zeros
     return (values - values.mean()) / max(values.std(), 1e-12)
 
 def ols(regressors, outcome, context, weights):  # [N] each -> slopes [1 + draws, p], R2 [1 + draws]
-    """Least squares with intercept for every row of weights; variables z-scored on the sample. The
-    moments are summed by context first, so that a thousand draws cost little more than one."""
-    X = np.column_stack([np.ones(len(outcome)), *map(zscore, regressors)])
-    y, n = zscore(outcome), weights.shape[1]
-    XX = np.tensordot(weights, by_context(X[:, :, None] * X[:, None, :], context, n), 1)
-    Xy = weights @ by_context(X * y[:, None], context, n)  # [1 + draws, 1 + p]
-    yy, size = weights @ by_context(y**2, context, n), XX[:, 0, 0]
+    """Least squares with intercept for every row of weights, from moments summed by context."""
+    Z = np.column_stack([np.ones(len(outcome)), *map(zscore, regressors), zscore(outcome)])
+    moments = np.zeros((weights.shape[1], Z.shape[1], Z.shape[1]))
+    np.add.at(moments, context, Z[:, :, None] * Z[:, None, :])
+    moments = np.tensordot(weights, moments, 1)  # [1 + draws, p + 2, p + 2]
+    XX, Xy, yy = moments[:, :-1, :-1], moments[:, :-1, -1], moments[:, -1, -1]
     beta = (np.linalg.pinv(XX, hermitian=True) @ Xy[:, :, None])[:, :, 0]
-    total = yy - Xy[:, 0] ** 2 / size
-    residual = yy - (beta * Xy).sum(-1)
+    total, residual = yy - Xy[:, 0] ** 2 / XX[:, 0, 0], yy - (beta * Xy).sum(-1)
     return beta[:, 1:], 1 - residual / np.where(total > 1e-12, total, np.inf)
 
 def group_mean(outcome, member, context, weights):  # [N], [N] bool -> [1 + draws]
     """Mean outcome of the members; nan in a draw that has none."""
-    n = weights.shape[1]
-    with np.errstate(invalid="ignore"):
-        return (weights @ np.bincount(context, outcome * member, n)) / (
-            weights @ np.bincount(context, member, n))
+    sums, counts = (weights @ np.bincount(context, x, weights.shape[1])
+                    for x in (outcome * member, member))
+    return sums / np.where(counts > 0, counts, np.nan)
 
 def quantile_group(values, groups):  # [N] -> [N] in 0 .. groups - 1, of equal size
     order = np.argsort(values, kind="stable")
@@ -100,15 +94,14 @@ def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
 def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of the report
     """All five parts, from the scores {name: [N]} of theta0 (`context` among them) and G [N]."""
     context, report = scores["context"], defaultdict(dict)
-    def average(member):
-        return estimate(group_mean(G, member, context, weights))
+    average = lambda member: group_mean(G, member, context, weights)
     ratio = G / (scores["forward_kl"] + 1e-12)
     ratio = np.clip(ratio, *np.quantile(ratio, [0.01, 0.99]))  # winsorised: its left tail is heavy
     for k in supports:
         f = features(scores, k)
         for name in REGRESSORS + BASELINE:
             if np.ptp(f[name]) < 1e-12:
-                opd.fail(f"{name} is the same at all positions (K = {k}), so that the regression is "
+                opd.fail(f"{name} (K = {k}) is the same at all positions and makes the regression "
                          "singular; use more contexts or longer responses")
         for part, outcome in (("decomposition", G), ("decomposition_relative", ratio)):
             slopes, r2 = ols([f[name] for name in REGRESSORS], outcome, context, weights)
@@ -123,13 +116,14 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
             chosen = np.zeros(len(G), bool)
             chosen[q3[quantile_group(f[name][q3], groups) == group]] = True
             return chosen
-        top, bottom = (group_mean(G, member("C", 3, g), context, weights) for g in (2, 0))
-        report["q3"][str(k)] = {"top_minus_bottom": estimate(top - bottom)} | {
-            f"{name} quartile {g + 1}": average(member(name, 4, g))
+        gap = average(member("C", 3, 2)) - average(member("C", 3, 0))
+        report["q3"][str(k)] = {"top_minus_bottom": estimate(gap)} | {
+            f"{name} quartile {g + 1}": estimate(average(member(name, 4, g)))
             for name in ("D_learn", "D_incompat") for g in range(4)}
         if k == top_k:
-            for name in ("D", "D_learn", "D_incompat", "H", "TIP"):
-                report["rank_correlation"][name] = estimate(spearman(f[name], G, context, weights))
+            report["rank_correlation"] = {
+                name: estimate(spearman(f[name], G, context, weights))
+                for name in ("D", "D_learn", "D_incompat", "H", "TIP")}
     H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{top_k}", f"C{top_k}"))
     for method in opd.METHODS:
         generator = torch.Generator().manual_seed(seed)
@@ -138,7 +132,7 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
         for budget in (0.03, 0.05, 0.1):  # the same count for all: no extra position per response
             kept = np.zeros(len(G), bool)
             kept[order[:len(G) if method == "full" else math.ceil(budget * len(G))]] = True
-            report["matched"].setdefault(str(budget), {})[method] = average(kept)
+            report["matched"].setdefault(str(budget), {})[method] = estimate(average(kept))
     return dict(report)
 
 # ---- The report: a list of tables, shown as text and as a page.
@@ -146,26 +140,25 @@ def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the
     paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045"}
     names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat",
              "r2": "R2", "r2_baseline": "R2 with H, D, H*D"}
-    result = []
-    for part, outcome in (("decomposition", "G in nats"),
-                          ("decomposition_relative", "G / KL before, winsorised")):
-        result.append((f"Decomposition of {outcome}", "By how many standard deviations it rises with "
-                       "one more of each; above 0, the gap says: the learnable is learned more.",
-                       [(f"K={k} {names[name]}", e, paper.get(name, ""))
-                        for k, fit in report[part].items() for name, e in fit.items()]))
     q3, matched = report["q3"], report["matched"]
-    result.append(("Sure, and yet in disagreement (H below, D above the median)", "Mean G in nats; "
-                   "top - bottom above 0: where more compatible, positions improve more.",
-                   [(f"K={k} top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3]
-                   + [(f"K={top_k} {name}", e, "") for name, e in q3[str(top_k)].items()
-                      if "quartile" in name]))
-    result.append(("Rank correlation with G (Spearman)", "What orders positions by their gain? D is "
-                   "the raw disagreement.",
-                   [(name, e, "") for name, e in report["rank_correlation"].items()]))
-    result += [(f"Mean G of the {float(budget):.0%} of positions that each method would keep",
-                "In nats, all at the same count; `full` is the mean over all positions.",
-                [(method, e, "") for method, e in matched[budget].items()]) for budget in matched]
-    return result
+    return [(
+        f"Decomposition of {outcome}", "Standard deviations that it rises with one more of each. "
+        "Gap above 0: learnable disagreement is learned more.",
+        [(f"K={k} {names[name]}", e, paper.get(name, ""))
+         for k, fit in report[part].items() for name, e in fit.items()])
+        for part, outcome in (("decomposition", "G in nats"),
+                              ("decomposition_relative", "G / KL before, winsorised"))
+    ] + [(
+        "Sure, and yet in disagreement (H below, D above the median)", "Mean G in nats. Top - "
+        "bottom above 0: where they are more compatible, positions improve more.",
+        [(f"K={k} top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3] + [
+            (f"K={top_k} {name}", e, "") for name, e in q3[str(top_k)].items() if "quart" in name]),
+        ("Rank correlation with G (Spearman)", "What orders positions by their gain? D is the raw "
+         "disagreement.", [(name, e, "") for name, e in report["rank_correlation"].items()])
+    ] + [(
+        f"Mean G of the {float(budget):.0%} of positions that each method would keep", "In nats, "
+        "at the same count for all; `full` is the mean over all positions.",
+        [(method, e, "") for method, e in matched[budget].items()]) for budget in matched]
 
 def as_text(report, top_k):
     lines = [f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}"]
@@ -177,24 +170,21 @@ def as_text(report, top_k):
 
 STYLE = """
 :root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
-@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333;
---learn:60,150,220;--other:215,110,20}}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333}}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
-margin:auto;padding:1rem 1rem 9rem}
+margin:auto;padding:1rem 1rem 9rem}.faint{color:var(--faint)}.n{text-align:right}
 table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem}
-td{border-top:1px solid var(--line);padding:.15rem .5rem;white-space:nowrap}.n{text-align:right}
-svg{width:14rem;height:1.1rem}rect{fill:rgb(var(--learn))}
-line{stroke:var(--ink);stroke-width:1.5;vector-effect:non-scaling-stroke}.faint{color:var(--faint)}
-.map{font:15px/1.9 ui-monospace,monospace;overflow-wrap:anywhere;border-top:1px solid var(--line)}
-.t{--l:rgba(var(--learn),var(--a));--o:rgba(var(--other),var(--b));white-space:pre-wrap;
-background:linear-gradient(var(--l),var(--l)),linear-gradient(var(--o),var(--o))}
-.t:hover,.t:focus{outline:2px solid var(--ink)}
+td{border-top:1px solid var(--line);padding:.15rem .5rem;white-space:nowrap}
+svg{width:14rem;height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink);
+stroke-width:1.5;vector-effect:non-scaling-stroke}.map{font:15px/1.9 ui-monospace,monospace;
+overflow-wrap:anywhere;border-top:1px solid var(--line)}.t{--l:rgba(var(--learn),var(--a));
+--o:rgba(var(--other),var(--b));white-space:pre-wrap;background:linear-gradient(var(--l),
+var(--l)),linear-gradient(var(--o),var(--o))}.t:hover,.t:focus{outline:2px solid var(--ink)}
 .t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;left:0;right:0;bottom:0;
 padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;line-height:1.4}
 """
 
-def visible(text):
-    """Escaped, because a token may spell anything; spaces and newlines can be seen."""
+def visible(text):  # escaped, as a token may spell anything; spaces and newlines can be seen
     return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n")
 
 def token_map(contexts):  # [(prompt, [(token, D_learn, D_incompat, what pointing at it shows)])]
@@ -231,7 +221,7 @@ wants tokens that it does not. G is how much KL(teacher || student) fell at a po
 training, in nats. {report["contexts"]} contexts, {report["positions"]} positions.
 {html.escape(report["note"])} Whiskers: 95 % cluster bootstrap over contexts.
 <h2>Token map</h2><p><span class="t" style="--a:.9;--b:0">learnable</span> <span class="t"
-style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.45;--b:.45">some of both</span>,
+style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.4;--b:.4">some of both</span>,
 stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at a token, or tap it.
 {token_map(contexts)}
 {"".join(parts)}</html>"""
@@ -239,7 +229,7 @@ stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at 
 # ---- The program.
 def compare(runs):
     """Markdown: held-out results of finished opd.py runs after training, mean ± sample deviation
-    over seeds, and their differences from full OPD and from random, paired by seed."""
+    over seeds, and their differences, paired by seed, from full OPD and from random."""
     keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
     cells, missing = defaultdict(dict), []
     for run in runs:
@@ -251,15 +241,16 @@ def compare(runs):
         except (OSError, ValueError, KeyError):
             missing.append(run)
     def show(values, sign=""):
-        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        return f"{np.mean(values):{sign}.4f}{spread}" if values else "missing"
-    print("| method | budget | seeds |", " | ".join(keys), "| KL-full | KL-random | NLL-full |")
-    print("|---" * (len(keys) + 6) + "|")
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):{sign}.3f}{spread}" if values else "missing"
+    columns = ["method", "budget", "seeds", *keys]
+    columns += [f"{key} - {other}" for other in ("full", "random") for key in keys]
+    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
-        full, random = cells.get(("full", 1), {}), cells.get(("random", budget), {})
         row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
-        row += [show([values[i] - other[s][i] for s, values in seeds.items() if s in other], "+")
-                for other, i in ((full, 0), (random, 0), (full, 2))]
+        for other in (cells.get(("full", 1), {}), cells.get(("random", budget), {})):
+            row += [show([values[i] - other[seed][i] for seed, values in seeds.items()
+                          if seed in other], "+") for i in range(len(keys))]
         print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")
     if missing:
         print("\nnot finished:", *missing)
@@ -275,21 +266,25 @@ def main(argv=None):
     args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
     if args.compare:
         return compare(args.compare)
-    if args.resume:
-        opd.fail("--resume belongs to opd.py: finish the run, then give its student to --after")
-    if args.contexts < 5:
-        opd.fail(f"--contexts {args.contexts}: a bootstrap over contexts needs at least 5")
+    if args.contexts < 5 or args.resume:
+        opd.fail("--contexts must be 5 or more; --resume is opd.py's, whose student --after takes")
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
     pair, training, held_out = opd.prepare(args)
-    student = trained_student(args, pair) if args.after else pair.student
+    student = pair.student
+    if args.after:
+        student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
+        shapes = [[w.shape for w in model.parameters()] for model in (student, pair.student)]
+        if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+            opd.fail(f"--after {args.after} has another tokenizer or other shapes than --student")
     out = opd.new_folder(args.out, "diagnosis")
     note = f"{len(held_out)} held-out prompts" + ", some repeated" * (len(held_out) < args.contexts)
 
     torch.manual_seed(args.seed)
     prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
     starts = tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)
-    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens) for i in starts]
+    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens)
+               for i in starts]
     supports, best = sorted({8, 16, 32, args.top_k}), min(5, pair.width)
     *values, student_top, teacher_top = score_contexts(pair, batches, args, lambda p, q, y: (
         opd.forward_kl(p, q), opd.reverse_kl(p, q), opd.entropy(p), opd.entropy(q),
@@ -315,8 +310,9 @@ def main(argv=None):
               "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
 
     decode, f = pair.tokenizer.decode, features(scores, args.top_k)
-    columns = scores | {"forward_kl_after": forward_after, "reverse_kl_after": reverse_after, "G": G,
-                        "id": torch.cat([opd.tokens(batch) for batch in batches]).cpu().numpy()}
+    ids = torch.cat([opd.tokens(batch) for batch in batches]).cpu().numpy()
+    columns = scores | {"forward_kl_after": forward_after, "reverse_kl_after": reverse_after,
+                        "G": G, "id": ids}
     lines, shown = [], [(decode(prompt), []) for prompt in prompts[:12]]
     for n in range(len(G)):
         line = {name: column[n].item() for name, column in columns.items()}
@@ -327,22 +323,14 @@ def main(argv=None):
                    f"C {line[f'C{args.top_k}']:.2f}   G {line['G']:+.3f}")
             for who, top in (("student", student_top), ("teacher", teacher_top)):
                 tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
-            shown[line["context"]][1].append((line["token"], f["D_learn"][n], f["D_incompat"][n], tip))
+            shown[line["context"]][1].append(
+                (line["token"], f["D_learn"][n], f["D_incompat"][n], tip))
     print(as_text(report, args.top_k))
     for name, text in {"positions.jsonl": "".join(lines), "report.json": json.dumps(report),
                        "report.html": as_page(report, args.top_k, shown)}.items():
         (out / f"{name}.partial").write_text(text, encoding="utf-8")
         (out / f"{name}.partial").rename(out / name)  # never half a report
     print(f"\nreport.html, report.json and positions.jsonl are in {out}")
-
-def trained_student(args, pair):
-    """The model of --after, which must be a trained version of --student."""
-    student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
-    shapes = [{name: w.shape for name, w in m.named_parameters()} for m in (student, pair.student)]
-    if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        opd.fail(f"--after {args.after} has another tokenizer or other shapes than {args.student}: "
-                 "it is not a trained version of it")
-    return student
 
 if __name__ == "__main__":
     opd.run(main)

@@ -188,8 +188,8 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
             fail(f"{path}, line {number}: a record has `prompt` (text) or `messages` (a chat) and "
                  f"perhaps `reference` (text): {' '.join(repr(error).split())}")
         if not 0 < len(prompt) <= limit - room:
-            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones the models take "
-                 f"1 to {limit - room} (--max-prompt-tokens, --max-new-tokens)")
+            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones models take 1 "
+                 f"to {limit - room} (--max-prompt-tokens, --max-new-tokens)")
         examples.append((prompt, tail[:limit - len(prompt)]))
     return examples
 

@@ -558,6 +558,13 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store):
     assert measured["mean_length"] == pytest.approx(len(values) / 3)
 
 
+def test_without_references_their_measures_are_left_out(store, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
+    run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["after"]) == {"reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated"}
+
+
 def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
     a, b, c = (timeless(run(store, tmp_path / name, "--seed", seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert a == b and a != c and same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
@@ -962,7 +969,7 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| tip"))
     # mean 1.0, sample deviation 0.2828; paired with full: 0.3 and 0.5; with random: seed 0 only, -0.1
-    assert "1.0000 ± 0.2828" in row and "+0.4000 ± 0.1414" in row and "-0.1000" in row and "| 2 |" in row
+    assert "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row and "-0.100 |" in row and "| 2 |" in row
     assert "broken" in out and "100%" in out
 
 
