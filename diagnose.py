@@ -137,7 +137,7 @@ def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of 
 
 # ---- The report: a list of tables, shown as text and as a page.
 def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the paper's figure)])]
-    paper = {"learn": "0.086-0.087", "incompat": "0.043-0.045"}
+    paper = {"learn": "paper 0.086-0.087", "incompat": "paper 0.043-0.045"}
     names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat",
              "r2": "R2", "r2_baseline": "R2 with H, D, H*D"}
     q3, matched = report["q3"], report["matched"]
@@ -160,13 +160,12 @@ def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the
         "at the same count for all; `full` is the mean over all positions.",
         [(method, e, "") for method, e in matched[budget].items()]) for budget in matched]
 
-def as_text(report, top_k):
-    lines = [f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}"]
+def print_report(report, top_k):
+    print(f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}")
     for title, reading, rows in tables(report, top_k):
-        lines += ["", title, reading]
-        lines += [f"  {label:30}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]"
-                  + f"   paper {paper}" * bool(paper) for label, e, paper in rows]
-    return "\n".join(lines)
+        print(f"\n{title}\n{reading}")
+        for label, e, paper in rows:
+            print(f"  {label:30}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]  {paper}")
 
 STYLE = """
 :root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
@@ -174,8 +173,8 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
 margin:auto;padding:1rem 1rem 9rem}.faint{color:var(--faint)}.n{text-align:right}
 table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem}
-td{border-top:1px solid var(--line);padding:.15rem .5rem;white-space:nowrap}
-svg{width:14rem;height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink);
+td{border-top:1px solid var(--line);padding:.15rem .4rem;white-space:nowrap}
+svg{width:clamp(4rem,20vw,14rem);height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink);
 stroke-width:1.5;vector-effect:non-scaling-stroke}.map{font:15px/1.9 ui-monospace,monospace;
 overflow-wrap:anywhere;border-top:1px solid var(--line)}.t{--l:rgba(var(--learn),var(--a));
 --o:rgba(var(--other),var(--b));white-space:pre-wrap;background:linear-gradient(var(--l),
@@ -205,12 +204,12 @@ def as_page(report, top_k, contexts):
             zero, value, left, right = (
                 100 * (x - low) / width for x in (0, e["value"], e["low"], e["high"]))
             parts.append(
-                f'<tr><td>{html.escape(label)}<td class="n">{e["value"]:.4f}<td class="n faint">'
-                f'{e["low"]:.4f} to {e["high"]:.4f}<td><svg viewBox="0 0 100 10" '
+                f'<tr><td>{html.escape(label)}<td><svg viewBox="0 0 100 10" '
                 f'preserveAspectRatio="none"><rect x="{min(zero, value):.2f}" y="2" height="6" '
                 f'width="{abs(value - zero):.2f}"/><line x1="{left:.2f}" x2="{right:.2f}" y1="5" '
                 f'y2="5"/><line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" y2="10"/></svg>'
-                f'<td class="faint">{"paper " * bool(paper)}{paper}')
+                f'<td class="n">{e["value"]:.4f}<td class="faint">{e["low"]:.4f} to {e["high"]:.4f}'
+                f'<td class="faint">{paper}')
         parts.append("</table>")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What was learned?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
@@ -294,8 +293,7 @@ def main(argv=None):
     scores = dict(zip(["forward_kl", "reverse_kl", "H", "H_teacher",
                        *(f"{name}{k}" for name in "DC" for k in supports)], values))
     scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
-    scores["t"] = np.concatenate([np.arange(n) for n in lengths])
-    scores["position"] = scores["t"] / np.maximum(np.repeat(lengths, lengths) - 1, 1)
+    scores["position"] = np.concatenate([np.arange(n) / max(n - 1, 1) for n in lengths])
 
     if not args.after:
         opd.train(pair, training, args, out)
@@ -325,7 +323,7 @@ def main(argv=None):
                 tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
             shown[line["context"]][1].append(
                 (line["token"], f["D_learn"][n], f["D_incompat"][n], tip))
-    print(as_text(report, args.top_k))
+    print_report(report, args.top_k)
     for name, text in {"positions.jsonl": "".join(lines), "report.json": json.dumps(report),
                        "report.html": as_page(report, args.top_k, shown)}.items():
         (out / f"{name}.partial").write_text(text, encoding="utf-8")

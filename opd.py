@@ -172,9 +172,9 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
     """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit in."""
     tokenizer, examples = pair.tokenizer, []
     limit = min(getattr(m.config, "max_position_embeddings", None) or 10**9 for m in pair[:2])
-    with open(path, encoding="utf-8") as file:
-        lines = list(file)
-    for number, line in enumerate(tqdm(lines, desc="reading prompts", disable=None), 1):
+    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
+    records = [(number, line) for number, line in lines if line.strip()]
+    for number, line in tqdm(records, desc="reading prompts", disable=None):
         try:
             record = json.loads(line)
             chat = "messages" in record
@@ -407,7 +407,8 @@ def parse_args(argv=None, parser=None):
     add("--select", choices=METHODS, default="teachability", help="which positions to train on")
     add("--budget", type=float, default=0.1, help="share of positions kept, in (0, 1]")
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
-    add("--loss", choices=("reverse_kl", "forward_kl", "sampled"), default="reverse_kl")
+    losses = ("reverse_kl", "forward_kl", "sampled")
+    add("--loss", choices=losses, default="reverse_kl", help="of a kept position, in nats")
     add("--temperature", type=float, default=1.0, help="of sampling, scoring and loss alike")
     add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
     add("--batch-size", type=int, default=8, help="responses per step (demo: 24)")
@@ -464,14 +465,14 @@ def main(args):
         save(pair, out / "student")
         fail(f"interrupted; the student as it is now is in {out / 'student'}", 130)
     save(pair, out / "student")
-    summary = {"args": vars(args), "torch": torch.__version__, "before": before,
-               "transformers": transformers.__version__, "after": evaluate(pair, held_out, args)}
-    summary["seconds"] = time.time() - started
+    after, seconds = evaluate(pair, held_out, args), time.time() - started
+    summary = {"args": vars(args), "seconds": seconds, "before": before, "after": after,
+               "versions": {m.__name__: m.__version__ for m in (torch, transformers)}}
     (out / "summary.json").write_text(json.dumps(summary))
     print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
     for name in before:
-        print(f"{name:20}{before[name]:10.4f}{summary['after'][name]:10.4f}")
-    print(f"{summary['seconds']:.0f} s; student/, log.jsonl and summary.json are in {out}")
+        print(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
+    print(f"{seconds:.0f} s; student/, log.jsonl and summary.json are in {out}")
 
 def run(program):  # whatever stops it from outside gets one line, too
     try:

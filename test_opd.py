@@ -2,7 +2,8 @@
 
 Expected values are brute-force loops in plain Python or numbers worked out by hand.
 """
-import json, math, os, random, re, signal, subprocess, sys
+
+import json, math, random, re, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,13 @@ def rows(tensor):
 
 def test_entropy_and_both_kl_directions_agree_with_loops():
     s, t = logits(2, 3, 7), logits(2, 3, 7, seed=1)
-    for a, b, h, forward, reverse in zip(rows(s), rows(t), opd.entropy(s).flatten(),
-                                         opd.forward_kl(s, t).flatten(), opd.reverse_kl(s, t).flatten()):
+    for a, b, h, forward, reverse in zip(
+        rows(s),
+        rows(t),
+        opd.entropy(s).flatten(),
+        opd.forward_kl(s, t).flatten(),
+        opd.reverse_kl(s, t).flatten(),
+    ):
         p, q = softmax(a), softmax(b)
         assert h == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-5)
         assert forward == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
@@ -53,13 +59,15 @@ def test_entropy_and_both_kl_directions_agree_with_loops():
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_divergence_and_compatibility_agree_with_loops_over_sets(k):
     s, t = logits(4, 5, 9), logits(4, 5, 9, seed=1)
-    for a, b, d, c in zip(rows(s), rows(t), opd.divergence(s, t, k).flatten(),
-                          opd.compatibility(s, t, k).flatten()):
+    for a, b, d, c in zip(
+        rows(s), rows(t), opd.divergence(s, t, k).flatten(), opd.compatibility(s, t, k).flatten()
+    ):
         p, q = softmax(a), softmax(b)
         union = top(p, k) | top(q, k)
         p_union, q_union = sum(p[v] for v in union), sum(q[v] for v in union)
-        assert d == pytest.approx(sum(q[v] / q_union * math.log(q[v] / q_union * p_union / p[v]) for v in union),
-                                  abs=1e-5)
+        assert d == pytest.approx(
+            sum(q[v] / q_union * math.log(q[v] / q_union * p_union / p[v]) for v in union), abs=1e-5
+        )
         assert c == pytest.approx(sum(q[v] for v in top(p, k)), abs=1e-5)
 
 
@@ -70,7 +78,7 @@ def test_union_counts_shared_ids_once():
 
 
 def test_divergence_uses_the_exact_student_probability_of_the_teachers_tokens():
-    # K = 1: U = {0, 3}; p = (0.9, 0.1) and q = (0.25, 0.75) on it. A zero for p(3) would be infinite.
+    # K = 1: U = {0, 3}; on it p = (0.9, 0.1), q = (0.25, 0.75). With p(3) = 0, D were infinite.
     p, q = torch.tensor([0.72, 0.1, 0.1, 0.08]), torch.tensor([0.2, 0.1, 0.1, 0.6])
     expected = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.75 / 0.1)
     assert opd.divergence(p.log(), q.log(), 1) == pytest.approx(expected, abs=1e-5)
@@ -89,7 +97,9 @@ def test_bf16_logits_are_cast_before_the_softmax():
     t = (s.float() + 0.05 * logits(50, 200, seed=1)).bfloat16()
     for f in (opd.forward_kl, opd.reverse_kl, lambda s, t: opd.divergence(s, t, 8)):
         exact = f(s.double().float(), t.double().float())
-        assert f(s, t).dtype == torch.float32 and torch.equal(f(s, t), exact) and (exact > -1e-6).all()
+        assert (
+            f(s, t).dtype == torch.float32 and torch.equal(f(s, t), exact) and (exact > -1e-6).all()
+        )
     assert opd.entropy(s).dtype == opd.compatibility(s, t, 8).dtype == torch.float32
 
 
@@ -97,13 +107,20 @@ def test_extreme_logits_give_finite_values_and_gradients():
     s = torch.tensor([[80.0, -80.0, 0.0, 0.0]], requires_grad=True)
     t = torch.tensor([[-80.0, 80.0, 0.0, 0.0]])
     for loss in (opd.reverse_kl(s, t), opd.forward_kl(s, t), opd.divergence(s, t, 2)):
-        gradient, = torch.autograd.grad(loss.sum(), s)
+        (gradient,) = torch.autograd.grad(loss.sum(), s)
         assert loss.isfinite().all() and gradient.isfinite().all()
 
 
 def test_the_mathematics_runs_alone_when_pasted():
     source = (HERE / "opd.py").read_text()
-    for name in ("entropy", "forward_kl", "reverse_kl", "divergence", "compatibility", "response_mask"):
+    for name in (
+        "entropy",
+        "forward_kl",
+        "reverse_kl",
+        "divergence",
+        "compatibility",
+        "response_mask",
+    ):
         alone = {"torch": torch}
         exec(re.search(rf"^def {name}\(.*?(?=^def |^# ----|\Z)", source, re.M | re.S)[0], alone)
         assert callable(alone[name])
@@ -139,7 +156,11 @@ def test_robust_normalize_of_constant_single_and_no_values_is_zero():
 def test_robust_normalize_takes_more_values_than_torch_quantile_does():
     values = torch.arange(16_777_217 + 1.0).flip(0)[None]
     out = opd.robust_normalize(values, values > -1)
-    assert out.max() == 1 and out.min() == 0 and out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3)
+    assert (
+        out.max() == 1
+        and out.min() == 0
+        and out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3)
+    )
 
 
 def grids(seed=0):
@@ -165,18 +186,24 @@ def test_every_method_scores_as_its_row_of_the_table():
     assert set(table) | {"random"} == set(opd.METHODS)
     for method, formula in table.items():
         expected = [formula(*z) for z in zip(h, d, c)]
-        assert opd.position_scores(method, H, D, C, mask)[mask].tolist() == pytest.approx(expected, abs=1e-5)
+        assert opd.position_scores(method, H, D, C, mask)[mask].tolist() == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_learnable_and_incompatible_add_up_to_the_disagreement():
     H, D, C, mask = grids()
     score = lambda method: opd.position_scores(method, H, D, C, mask)
-    assert torch.allclose(score("teachability") + score("incompatible"), score("divergence"), atol=1e-6)
+    assert torch.allclose(
+        score("teachability") + score("incompatible"), score("divergence"), atol=1e-6
+    )
 
 
 def test_random_scores_follow_their_generator_and_unknown_methods_are_refused():
     H, D, C, mask = grids()
-    draw = lambda seed: opd.position_scores("random", H, D, C, mask, torch.Generator().manual_seed(seed))
+    draw = lambda seed: opd.position_scores(
+        "random", H, D, C, mask, torch.Generator().manual_seed(seed)
+    )
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     with pytest.raises(ValueError, match="nonsense.*teachability"):
         opd.position_scores("nonsense", H, D, C, mask)
@@ -186,7 +213,7 @@ def brute_force_selection(scores, mask, budget):
     valid = [(r, t) for r, row in enumerate(mask) for t, ok in enumerate(row) if ok]
     ranked = sorted(valid, key=lambda at: -scores[at[0]][at[1]])  # stable: ties stay in order
     n = len(valid)
-    keep = set(ranked[:next(m for m in range(n + 1) if m >= budget * n - 1e-9)])
+    keep = set(ranked[: next(m for m in range(n + 1) if m >= budget * n - 1e-9)])
     for r in range(len(mask)):
         own = [at for at in ranked if at[0] == r]
         if own and not keep & set(own):
@@ -202,13 +229,17 @@ def test_selection_agrees_with_brute_force_also_with_ties_and_empty_rows():
         mask = [[t < n for t in range(R)] for n in (dice.randint(0, R) for _ in range(B))]
         budget = dice.choice([0.03, 0.1, 0.29, 0.5, 1])
         keep = opd.select_positions(torch.tensor(scores), torch.tensor(mask), budget)
-        assert set(map(tuple, keep.nonzero().tolist())) == brute_force_selection(scores, mask, budget)
+        assert set(map(tuple, keep.nonzero().tolist())) == brute_force_selection(
+            scores, mask, budget
+        )
 
 
 def test_budget_counts_are_free_of_float_noise():
     scores, mask = torch.rand(1, 100), torch.ones(1, 100) > 0
     for budget, expected in ((0.07, 7), (0.29, 29), (0.055, 6), (1e-9, 1), (1, 100)):
-        assert opd.select_positions(scores, mask, budget).sum() == expected  # 0.07 * 100 > 7 in floats
+        assert (
+            opd.select_positions(scores, mask, budget).sum() == expected
+        )  # 0.07 * 100 > 7 in floats
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, math.nan])
@@ -230,7 +261,7 @@ def test_identical_models_have_no_loss_and_no_gradient():
     s = logits(5, 11).requires_grad_()
     for kind in ("reverse_kl", "forward_kl", "sampled"):
         loss = opd.token_loss(kind, s, s.detach().clone(), torch.arange(5))
-        gradient, = torch.autograd.grad(loss.sum(), s)
+        (gradient,) = torch.autograd.grad(loss.sum(), s)
         assert loss.abs().max() == 0 and gradient.abs().max() < 1e-6
 
 
@@ -240,7 +271,7 @@ def test_expected_sampled_gradient_is_the_reverse_kl_gradient():
     for y, probability in enumerate(softmax(s.tolist())):
         loss = opd.token_loss("sampled", s[None].float(), t[None], torch.tensor([y]))
         expected += probability * torch.autograd.grad(loss.sum(), s)[0].float()
-    exact, = torch.autograd.grad(opd.reverse_kl(s.float(), t), s)
+    (exact,) = torch.autograd.grad(opd.reverse_kl(s.float(), t), s)
     assert torch.allclose(expected, exact.float(), atol=1e-5) and exact.abs().max() > 0.1
 
 
@@ -248,14 +279,16 @@ def test_reverse_kl_gradient_is_the_formula_of_the_readme():
     s, t = logits(7).requires_grad_(), logits(7, seed=1)
     p, q = softmax(s.tolist()), softmax(t.tolist())
     kl = sum(x * math.log(x / y) for x, y in zip(p, q))
-    gradient, = torch.autograd.grad(opd.reverse_kl(s, t), s)
-    assert gradient.tolist() == pytest.approx([x * (math.log(x / y) - kl) for x, y in zip(p, q)], abs=1e-5)
+    (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t), s)
+    assert gradient.tolist() == pytest.approx(
+        [x * (math.log(x / y) - kl) for x, y in zip(p, q)], abs=1e-5
+    )
 
 
 def test_a_token_without_student_mass_gets_gradient_from_forward_kl_only():
     s, t = torch.tensor([4.0, 3.0, -20.0], requires_grad=True), torch.tensor([0.0, 0.0, 6.0])
-    reverse, = torch.autograd.grad(opd.reverse_kl(s, t), s)
-    forward, = torch.autograd.grad(opd.forward_kl(s, t), s)
+    (reverse,) = torch.autograd.grad(opd.reverse_kl(s, t), s)
+    (forward,) = torch.autograd.grad(opd.forward_kl(s, t), s)
     assert abs(reverse[2]) < 1e-6 and forward[2] < -0.9
 
 
@@ -267,20 +300,40 @@ def tokenizer_of(size=V, **special):
     inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, **{"eos_token": "<eos>", "pad_token": "<eos>", **special})
+        tokenizer_object=inner, **{"eos_token": "<eos>", "pad_token": "<eos>", **special}
+    )
 
 
 def model_of(family, seed=0, vocab=V, width=16, scale=3.0, **more):
     torch.manual_seed(seed)
     if family == "gpt2":
-        config = transformers.GPT2Config(vocab_size=vocab, n_embd=width, n_layer=2, n_head=2, n_positions=64,
-                                         eos_token_id=0, bos_token_id=None, **more)
+        config = transformers.GPT2Config(
+            vocab_size=vocab,
+            n_embd=width,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            eos_token_id=0,
+            bos_token_id=None,
+            **more,
+        )
     else:
         name = {"qwen3": "Qwen3", "llama": "Llama", "gemma2": "Gemma2"}[family]
         config = getattr(transformers, f"{name}Config")(
-            vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=2, head_dim=8,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, eos_token_id=0,
-            bos_token_id=None, pad_token_id=0, tie_word_embeddings=True, **more)
+            vocab_size=vocab,
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            eos_token_id=0,
+            bos_token_id=None,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+            **more,
+        )
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.get_output_embeddings().weight.data.mul_(scale)  # otherwise every distribution is flat
     return model
@@ -297,7 +350,12 @@ def prompts_file(path, count=12, **more):
     with open(path, "w") as file:
         for i in range(count):
             words = " ".join(f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5))
-            file.write(json.dumps({"prompt": words, "reference": "w5 w6 w7"[:3 * (1 + i % 3) - 1], **more}) + "\n")
+            file.write(
+                json.dumps(
+                    {"prompt": words, "reference": "w5 w6 w7"[: 3 * (1 + i % 3) - 1], **more}
+                )
+                + "\n"
+            )
     return str(path)
 
 
@@ -306,15 +364,38 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for family in ("qwen3", "llama", "gpt2"):
         put(folder / f"{family}-student", model_of(family, seed=1))
-        put(folder / f"{family}-teacher", model_of(family, seed=2, width=24 if family == "gpt2" else 16))
+        put(
+            folder / f"{family}-teacher",
+            model_of(family, seed=2, width=24 if family == "gpt2" else 16),
+        )
     prompts_file(folder / "prompts.jsonl")
     return folder
 
 
 def flags(store, out, *more, family="qwen3"):
-    return ["--student", f"{store}/{family}-student", "--teacher", f"{store}/{family}-teacher", "--prompts",
-            f"{store}/prompts.jsonl", "--steps", "3", "--batch-size", "4", "--max-new-tokens", "6", "--lr", "1e-3",
-            "--eval-prompts", "4", "--device", "cpu", "--out", str(out), *map(str, more)]
+    return [
+        "--student",
+        f"{store}/{family}-student",
+        "--teacher",
+        f"{store}/{family}-teacher",
+        "--prompts",
+        f"{store}/prompts.jsonl",
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "6",
+        "--lr",
+        "1e-3",
+        "--eval-prompts",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *map(str, more),
+    ]
 
 
 def run(store, out, *more, family="qwen3"):
@@ -323,7 +404,9 @@ def run(store, out, *more, family="qwen3"):
 
 
 def weights_of(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).state_dict()
 
 
 def same_weights(a, b):
@@ -343,7 +426,9 @@ PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
-def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes_nothing(store, family, monkeypatch):
+def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes_nothing(
+    store, family, monkeypatch
+):
     pair = load(store, family)
     torch.manual_seed(0)
     batch = opd.rollout(pair, PROMPTS, 6)
@@ -353,9 +438,9 @@ def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding, through the whole model
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
         for model, ours in ((pair.student, p), (pair.teacher, q)):
-            own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-            assert torch.allclose(ours[at:at + len(response)], own, atol=1e-4)
-        assert y[at:at + len(response)].tolist() == response
+            own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            assert torch.allclose(ours[at : at + len(response)], own, atol=1e-4)
+        assert y[at : at + len(response)].tolist() == response
         at += len(response)
     assert at == len(y)
 
@@ -371,13 +456,17 @@ def gradient(pair, batch, keep, size, kind="reverse_kl"):
     pair.student.zero_grad()
     for part, rows_ in zip(opd.split(batch, size), keep.split(size)):
         chosen = rows_[part.mask]
-        hidden, teacher_hidden = (opd.backbone(m, part, size)[chosen] for m in (pair.student, pair.teacher))
+        hidden, teacher_hidden = (
+            opd.backbone(m, part, size)[chosen] for m in (pair.student, pair.teacher)
+        )
         opd.backward(pair, kind, hidden, teacher_hidden, opd.tokens(part)[chosen], int(keep.sum()))
     return torch.cat([w.grad.flatten() for w in pair.student.parameters()])
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_model(store, family, monkeypatch):
+def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_model(
+    store, family, monkeypatch
+):
     pair = load(store, family)
     torch.manual_seed(0)
     batch = opd.rollout(pair, PROMPTS, 6)
@@ -388,7 +477,10 @@ def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_mode
     losses = []
     for b, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt + batch.ids[b, 5:].tolist()])
-        p, q = (model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1) for model in (pair.student, pair.teacher))
+        p, q = (
+            model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            for model in (pair.student, pair.teacher)
+        )
         losses += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p)) if keep[b, t]]
     (sum(losses) / len(losses)).backward()
     expected = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
@@ -409,7 +501,9 @@ def test_gradient_does_not_depend_on_the_micro_batches(store):
 def test_micro_batches_of_the_command_line_change_nothing_but_rounding(store, tmp_path):
     logs = [run(store, tmp_path / size, "--micro-batch-size", size) for size in "124"]
     for log in logs[:2]:
-        assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in logs[2]], abs=1e-4)
+        assert [line["loss"] for line in log] == pytest.approx(
+            [line["loss"] for line in logs[2]], abs=1e-4
+        )
 
 
 # ---- Rollouts
@@ -433,7 +527,9 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     hidden = opd.backbone(cold.student, batch, 4000)
     expected = torch.softmax(4 * opd.project(warm, warm.student, hidden[:1])[0], -1)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
-    assert torch.allclose(opd.project(cold, cold.student, hidden[:1])[0].softmax(-1), expected, atol=1e-5)
+    assert torch.allclose(
+        opd.project(cold, cold.student, hidden[:1])[0].softmax(-1), expected, atol=1e-5
+    )
     assert (drawn - expected).abs().max() < 0.04 and expected.max() > 0.1
 
 
@@ -457,6 +553,15 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
 
+def test_padding_rows_beyond_the_tokenizer_may_be_sampled(store, tmp_path):
+    paths = [
+        put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
+        for name, seed in (("s", 1), ("t", 2))
+    ]
+    log = run(store, tmp_path / "out", "--student", paths[0], "--teacher", paths[1])
+    assert all(math.isfinite(value) for line in log for value in line.values())
+
+
 def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     student, teacher = model_of("qwen3", scale=0.0), model_of("qwen3", seed=1)
     teacher.generation_config.eos_token_id = [2, 0]
@@ -465,7 +570,9 @@ def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     torch.manual_seed(0)
     batch = opd.rollout(pair, [[5]] * 200, 30)
     responses = batch.ids[:, 1:]
-    assert ((responses == 2) & batch.mask).any() and not (responses[:, 1:][batch.mask[:, :-1] & (responses[:, :-1] == 2)]).any()
+    assert ((responses == 2) & batch.mask).any() and not (
+        responses[:, 1:][batch.mask[:, :-1] & (responses[:, :-1] == 2)]
+    ).any()
     ended = torch.isin(responses, torch.tensor([0, 2])).any(1)
     assert torch.equal(batch.truncated, ~ended) and ended.any() and not ended.all()
 
@@ -493,41 +600,79 @@ def read(tmp_path, pair, *records, longest=None, room=6):
 
 def test_bos_is_added_once_whoever_brings_it(store, tmp_path):
     from tokenizers.processors import TemplateProcessing
+
     pair = load(store)
     tokenizer = tokenizer_of(bos_token="<s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}<end>"
     pair = pair._replace(tokenizer=tokenizer)
-    examples = read(tmp_path, pair, {"prompt": "w5 w6", "reference": "w7"}, {"prompt": "<s> w5 w6"},
-                    {"messages": [{"role": "user", "content": "w5 w6"}]})
+    examples = read(
+        tmp_path,
+        pair,
+        {"prompt": "w5 w6", "reference": "w7"},
+        {"prompt": "<s> w5 w6"},
+        {"messages": [{"role": "user", "content": "w5 w6"}]},
+    )
     assert examples == [([1, 5, 6], [7]), ([1, 5, 6], []), ([1, 5, 6, 2], [])]
 
 
 def test_long_prompts_keep_their_last_tokens_and_references_are_cut_to_fit(store, tmp_path):
     pair = load(store)
     assert read(tmp_path, pair, {"prompt": "w3 w4 w5 w6"}, longest=2) == [([5, 6], [])]
-    (prompt, reference), = read(tmp_path, pair, {"prompt": "w3 w4", "reference": "w5 " * 100})
+    ((prompt, reference),) = read(tmp_path, pair, {"prompt": "w3 w4", "reference": "w5 " * 100})
     assert len(prompt) + len(reference) == 64
 
 
 # ---- The program
 
 
-@pytest.mark.parametrize("family,loss,method", [("qwen3", "reverse_kl", "teachability"), ("llama", "sampled", "tip"),
-                                                ("gpt2", "forward_kl", "random")])
-def test_a_real_run_leaves_a_student_a_log_and_a_summary(store, tmp_path, family, loss, method, capsys):
+@pytest.mark.parametrize(
+    "family,loss,method",
+    [
+        ("qwen3", "reverse_kl", "teachability"),
+        ("llama", "sampled", "tip"),
+        ("gpt2", "forward_kl", "random"),
+    ],
+)
+def test_a_real_run_leaves_a_student_a_log_and_a_summary(
+    store, tmp_path, family, loss, method, capsys
+):
     log = run(store, tmp_path / "out", "--loss", loss, "--select", method, family=family)
     assert [line["step"] for line in log] == [0, 1, 2]
-    assert {"loss", "kl_all", "kept", "valid", "entropy", "divergence", "compatibility", "mean_length", "truncated",
-            "seconds", "lr"} <= set(log[0])
+    assert {
+        "loss",
+        "kl_all",
+        "kept",
+        "valid",
+        "entropy",
+        "divergence",
+        "compatibility",
+        "mean_length",
+        "truncated",
+        "seconds",
+        "lr",
+    } <= set(log[0])
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary) == {"args", "versions", "seconds", "before", "after"}
     for when in ("before", "after"):
-        assert set(summary[when]) == {"reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated",
-                                      "reference_nll", "reference_accuracy"}
+        assert set(summary[when]) == {
+            "reverse_kl",
+            "forward_kl",
+            "entropy",
+            "agreement",
+            "mean_length",
+            "truncated",
+            "reference_nll",
+            "reference_accuracy",
+        }
         assert all(math.isfinite(value) for value in summary[when].values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
-    assert tokenizer("w5").input_ids == [5] and not same_weights(store / f"{family}-student", tmp_path / "out" / "student")
+    assert tokenizer("w5").input_ids == [5] and not same_weights(
+        store / f"{family}-student", tmp_path / "out" / "student"
+    )
     assert "reference_nll" in capsys.readouterr().out
 
 
@@ -538,7 +683,7 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store):
     measured = opd.evaluate(pair, examples, args)
     nll, hits = [], []
     for prompt, reference in examples:
-        scores = pair.student(torch.tensor([prompt + reference])).logits[0, len(prompt) - 1:-1]
+        scores = pair.student(torch.tensor([prompt + reference])).logits[0, len(prompt) - 1 : -1]
         for row, y in zip(rows(scores), reference):
             nll.append(-math.log(softmax(row)[y]))
             hits.append(max(range(V), key=lambda v: row[v]) == y)
@@ -548,12 +693,17 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store):
     batch = opd.rollout(pair, [prompt for prompt, _ in examples], 6)
     values = []
     for b in range(3):
-        p, q = (model(batch.ids[b:b + 1, 3 - len(examples[b][0]):]).logits[0] for model in (pair.student, pair.teacher))
+        p, q = (
+            model(batch.ids[b : b + 1, 3 - len(examples[b][0]) :]).logits[0]
+            for model in (pair.student, pair.teacher)
+        )
         for t in range(int(batch.mask[b].sum())):
             at = len(examples[b][0]) - 1 + t
             x, y = softmax(rows(p)[at]), softmax(rows(q)[at])
             values.append((sum(a * math.log(a / b) for a, b in zip(x, y)), top(x, 1) == top(y, 1)))
-    assert measured["reverse_kl"] == pytest.approx(sum(v[0] for v in values) / len(values), abs=1e-4)
+    assert measured["reverse_kl"] == pytest.approx(
+        sum(v[0] for v in values) / len(values), abs=1e-4
+    )
     assert measured["agreement"] == pytest.approx(sum(v[1] for v in values) / len(values))
     assert measured["mean_length"] == pytest.approx(len(values) / 3)
 
@@ -562,12 +712,24 @@ def test_without_references_their_measures_are_left_out(store, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
     run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["after"]) == {"reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated"}
+    assert set(summary["after"]) == {
+        "reverse_kl",
+        "forward_kl",
+        "entropy",
+        "agreement",
+        "mean_length",
+        "truncated",
+    }
 
 
 def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
-    a, b, c = (timeless(run(store, tmp_path / name, "--seed", seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
-    assert a == b and a != c and same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
+    a, b, c = (
+        timeless(run(store, tmp_path / name, "--seed", seed))
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert (
+        a == b and a != c and same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
+    )
 
 
 def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
@@ -580,7 +742,9 @@ def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
 
 def test_logged_loss_is_the_mean_over_the_kept_positions_of_the_whole_step(store, tmp_path):
     log = run(store, tmp_path / "out", "--select", "full", "--micro-batch-size", 1)
-    assert [line["loss"] for line in log] == pytest.approx([line["kl_all"] for line in log], abs=1e-5)
+    assert [line["loss"] for line in log] == pytest.approx(
+        [line["kl_all"] for line in log], abs=1e-5
+    )
 
 
 def test_full_distillation_brings_the_student_closer(store, tmp_path):
@@ -592,14 +756,30 @@ def test_full_distillation_brings_the_student_closer(store, tmp_path):
 def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(store, tmp_path):
     model = model_of("qwen3", seed=1).bfloat16()
     path = put(tmp_path / "bf16", model)
-    opd.main(opd.parse_args(flags(store, tmp_path / "out", "--student", path, "--lr", "1e-6", "--steps", 20,
-                                  "--select", "full")))
+    opd.main(
+        opd.parse_args(
+            flags(
+                store,
+                tmp_path / "out",
+                "--student",
+                path,
+                "--lr",
+                "1e-6",
+                "--steps",
+                20,
+                "--select",
+                "full",
+            )
+        )
+    )
     before, after = model.state_dict(), weights_of(tmp_path / "out" / "student")
     moved = sum(int((after[name] != before[name].float()).sum()) for name in after)
     assert moved > 0.9 * sum(w.numel() for w in after.values())
 
 
-@pytest.mark.parametrize("more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]])
+@pytest.mark.parametrize(
+    "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]]
+)
 def test_degenerate_settings_run_without_nan(store, tmp_path, more):
     log = run(store, tmp_path / "out", *more)
     assert all(math.isfinite(value) for line in log for value in line.values())
@@ -610,9 +790,13 @@ def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(stor
         model = model_of("qwen3", seed=1)
         model.config.eos_token_id = model.generation_config.eos_token_id = ends
         tokenizer = tokenizer_of(eos_token="<eos>" if ends else None)
-        paths = [put(tmp_path / f"{name}-{role}", model, tokenizer) for role in ("student", "teacher")]
+        paths = [
+            put(tmp_path / f"{name}-{role}", model, tokenizer) for role in ("student", "teacher")
+        ]
         log = run(store, tmp_path / f"{name}-out", "--student", paths[0], "--teacher", paths[1])
-        assert all(line["mean_length"] == length and line["truncated"] == (not ends) for line in log)
+        assert all(
+            line["mean_length"] == length and line["truncated"] == (not ends) for line in log
+        )
         assert all(math.isfinite(value) for line in log for value in line.values())
 
 
@@ -624,7 +808,9 @@ def test_a_resumed_run_continues_bit_for_bit(store, tmp_path):
     rest = run(store, tmp_path / "rest", "--steps", 5, "--resume", tmp_path / "whole" / "step-2")
     assert timeless(rest) == timeless(whole[2:])
     assert same_weights(tmp_path / "whole" / "student", tmp_path / "rest" / "student")
-    without = run(store, tmp_path / "other", "--steps", 5, "--student", tmp_path / "whole" / "step-2")
+    without = run(
+        store, tmp_path / "other", "--steps", 5, "--student", tmp_path / "whole" / "step-2"
+    )
     assert timeless(without)[:3] != timeless(rest)
 
 
@@ -643,27 +829,44 @@ opd.run(lambda: opd.main(opd.parse_args(sys.argv[1:])))
 
 
 def python(code, *args, **more):
-    return subprocess.run([sys.executable, "-c", code, *args], cwd=HERE, capture_output=True, text=True, timeout=100,
-                          **more)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **more,
+    )
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(store, tmp_path):
-    result = python(KILL.format(signal="SIGKILL"), *flags(store, tmp_path / "out", "--save-every", 1))
+    result = python(
+        KILL.format(signal="SIGKILL"), *flags(store, tmp_path / "out", "--save-every", 1)
+    )
     assert result.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").glob("step-*") if path.suffix != ".partial"] == ["step-1"]
+    assert [
+        path.name for path in (tmp_path / "out").glob("step-*") if path.suffix != ".partial"
+    ] == ["step-1"]
     rest = run(store, tmp_path / "rest", "--resume", tmp_path / "out" / "step-1")
     assert [line["step"] for line in rest] == [1, 2]
 
 
 def test_a_full_disk_gives_one_line_and_keeps_the_earlier_save(store, tmp_path):
-    code = KILL.replace("os.kill(os.getpid(), signal.{signal})", "raise OSError(28, 'No space left on device')")
+    code = KILL.replace(
+        "os.kill(os.getpid(), signal.{signal})", "raise OSError(28, 'No space left on device')"
+    )
     result = python(code, *flags(store, tmp_path / "out", "--save-every", 1))
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "No space left" in result.stderr
+    assert (
+        result.stderr.strip().splitlines()[-1].startswith("error: ")
+        and "No space left" in result.stderr
+    )
     assert weights_of(tmp_path / "out" / "step-1") and not (tmp_path / "out" / "step-2").exists()
 
 
-def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(store, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
+    store, tmp_path, monkeypatch, capsys
+):
     real, calls = opd.rollout, []
 
     def interrupted(*args):
@@ -671,6 +874,7 @@ def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(store, tmp_path,
         if len(calls) == 4:  # one batch of evaluation, then two steps
             raise KeyboardInterrupt
         return real(*args)
+
     monkeypatch.setattr(opd, "rollout", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(store, tmp_path / "out")
@@ -692,22 +896,34 @@ def test_a_second_run_never_touches_the_first(store, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit) as stop:
         run(store, tmp_path / "out", "--seed", 9)
     assert stop.value.code == 2 and "--out" in capsys.readouterr().err
-    assert all(torch.equal(before[name], w) for name, w in weights_of(tmp_path / "out" / "student").items())
+    assert all(
+        torch.equal(before[name], w) for name, w in weights_of(tmp_path / "out" / "student").items()
+    )
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         arguments = flags(store, "x")
         at = arguments.index("--out")
-        opd.main(opd.parse_args(arguments[:at] + arguments[at + 2:]))
+        opd.main(opd.parse_args(arguments[:at] + arguments[at + 2 :]))
     assert (tmp_path / "runs/opd-1/student").exists() and (tmp_path / "runs/opd-2/student").exists()
 
 
 # ---- Bad input
 
 
-BAD_FLAGS = [(["--budget", "0"], "--budget"), (["--budget", "1.5"], "--budget"), (["--budget", "nan"], "--budget"),
-             (["--top-k", "0"], "--top-k"), (["--temperature", "0"], "--temperature"), (["--temperature", "inf"], "--temp"),
-             (["--select", "best"], "teachability"), (["--steps", "0"], "--steps"), (["--lr", "-1"], "--lr"),
-             (["--batch-size", "x"], "--batch-size"), (["--seed", "-3"], "--seed"), (["--frobnicate"], "--frobnicate")]
+BAD_FLAGS = [
+    (["--budget", "0"], "--budget"),
+    (["--budget", "1.5"], "--budget"),
+    (["--budget", "nan"], "--budget"),
+    (["--top-k", "0"], "--top-k"),
+    (["--temperature", "0"], "--temperature"),
+    (["--temperature", "inf"], "--temp"),
+    (["--select", "best"], "teachability"),
+    (["--steps", "0"], "--steps"),
+    (["--lr", "-1"], "--lr"),
+    (["--batch-size", "x"], "--batch-size"),
+    (["--seed", "-3"], "--seed"),
+    (["--frobnicate"], "--frobnicate"),
+]
 
 
 @pytest.mark.parametrize("more,says", BAD_FLAGS, ids=lambda x: "".join(x))
@@ -724,15 +940,25 @@ def test_half_a_pair_is_refused(capsys):
     assert stop.value.code == 2 and "--teacher" in capsys.readouterr().err
 
 
-BAD_PROMPTS = [("", "0 prompts"), ('{"prompt": "w5"}\nnot json\n', "line 2"), ('{"text": "w5"}\n', "line 1"),
-               ('[1]\n', "line 1"), ('{"prompt": 5}\n', "line 1"), ('{"prompt": "w5"}\n{"prompt": ""}\n', "line 2"),
-               (json.dumps({"prompt": "w5 " * 60}) + "\n", "60 tokens"), ('{"prompt": "w5"}\n' * 7, "7 prompts"),
-               ('{"messages": [{"role": "user", "content": "w5"}]}\n', "chat"), (b"\xff\xfe", "utf-8"),
-               ('{"prompt": "w5", "reference": 7}\n', "line 1")]
+BAD_PROMPTS = [
+    ("", "0 prompts"),
+    ('{"prompt": "w5"}\nnot json\n', "line 2"),
+    ('{"text": "w5"}\n', "line 1"),
+    ("[1]\n", "line 1"),
+    ('{"prompt": 5}\n', "line 1"),
+    ('{"prompt": "w5"}\n{"prompt": ""}\n', "line 2"),
+    (json.dumps({"prompt": "w5 " * 60}) + "\n", "60 tokens"),
+    ('{"prompt": "w5"}\n' * 7, "7 prompts"),
+    ('{"messages": [{"role": "user", "content": "w5"}]}\n', "chat"),
+    (b"\xff\xfe", "utf-8"),
+    ('{"prompt": "w5", "reference": 7}\n', "line 1"),
+]
 
 
 @pytest.mark.parametrize("content,says", BAD_PROMPTS, ids=[says for _, says in BAD_PROMPTS])
-def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(store, tmp_path, content, says, capsys):
+def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(
+    store, tmp_path, content, says, capsys
+):
     (tmp_path / "p.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
         opd.run(lambda: run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl"))
@@ -743,9 +969,13 @@ def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(store, tmp_pa
 
 def test_missing_paths_get_one_line(store, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    for more, says in ((["--student", str(tmp_path / "none")], "--student"), (["--prompts", "none.jsonl"], "none.jsonl"),
-                       (["--out", str(tmp_path / "file" / "out")], "file/out"), (["--device", "abacus"], "abacus"),
-                       (["--resume", str(tmp_path / "none")], "none")):
+    for more, says in (
+        (["--student", str(tmp_path / "none")], "--student"),
+        (["--prompts", "none.jsonl"], "none.jsonl"),
+        (["--out", str(tmp_path / "file" / "out")], "file/out"),
+        (["--device", "abacus"], "abacus"),
+        (["--resume", str(tmp_path / "none")], "none"),
+    ):
         with pytest.raises(SystemExit) as stop:
             opd.run(lambda: opd.main(opd.parse_args(flags(store, tmp_path / "out", *more))))
         error = capsys.readouterr().err
@@ -771,12 +1001,20 @@ def test_code_and_pickles_of_a_model_folder_are_not_run(store, tmp_path, capsys)
 # ---- The embedded pair
 
 
-def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(tmp_path, monkeypatch):
+def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     bar = opd.tqdm
-    monkeypatch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])  # two steps of training each
+    monkeypatch.setattr(
+        opd, "tqdm", lambda steps, **_: list(steps)[:2]
+    )  # two steps of training each
     real = transformers.PreTrainedTokenizerFast.batch_decode
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "batch_decode", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast,
+        "batch_decode",
+        lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         opd.build_pair()
     assert not opd.PAIR.exists()
@@ -785,9 +1023,9 @@ def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one
     monkeypatch.setattr(opd, "tqdm", bar)
     pair = opd.load_pair(opd.DEMO["student"], opd.DEMO["teacher"])
     examples = opd.read_prompts(opd.DEMO["prompts"], pair, None, opd.DEMO["max_new_tokens"])
-    held_out = {tuple(prompt) for prompt, _ in examples[-opd.DEMO["eval_prompts"]:]}
+    held_out = {tuple(prompt) for prompt, _ in examples[-opd.DEMO["eval_prompts"] :]}
     assert len(examples) > 2000 and len(pair.tokenizer) == 1024
-    assert not held_out & {tuple(prompt) for prompt, _ in examples[:-opd.DEMO["eval_prompts"]]}
+    assert not held_out & {tuple(prompt) for prompt, _ in examples[: -opd.DEMO["eval_prompts"]]}
 
 
 # ---- diagnose.py: the statistics
@@ -816,7 +1054,9 @@ def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
         X = np.column_stack([np.ones(len(at)), z(x)[at], z(y)[at]])
         solution, residual, *_ = np.linalg.lstsq(X, z(outcome)[at], rcond=None)
         total = ((z(outcome)[at] - z(outcome)[at].mean()) ** 2).sum()
-        assert slope == pytest.approx(solution[1:]) and explained == pytest.approx(1 - residual[0] / total)
+        assert slope == pytest.approx(solution[1:]) and explained == pytest.approx(
+            1 - residual[0] / total
+        )
 
 
 def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
@@ -825,8 +1065,10 @@ def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
     weights = diagnose.cluster_weights(12, 10, seed=1)
     for row, correlation in zip(weights, diagnose.spearman(x, y, context, weights)):
         at = repeated(row, context)
-        a, b = ([np.mean([i for i, v in enumerate(sorted(values)) if v == value]) for value in values]
-                for values in (x[at].tolist(), y[at].tolist()))
+        a, b = (
+            [np.mean([i for i, v in enumerate(sorted(values)) if v == value]) for value in values]
+            for values in (x[at].tolist(), y[at].tolist())
+        )
         assert correlation == pytest.approx(np.corrcoef(a, b)[0, 1])
 
 
@@ -843,43 +1085,80 @@ def test_intervals_are_percentiles_of_the_draws_alone():
 
 
 def test_the_bootstrap_resamples_contexts_not_positions():
-    # 20 contexts, each with 50 equal values: resampling positions would halve the width again and again.
+    # 20 contexts of 50 equal values each: resampling positions would find 1000 independent ones.
     generator, context = clusters(20, 50)
     values = generator.normal(size=20)[context]
     weights = diagnose.cluster_weights(20, 2000, seed=1)
     assert (weights.sum(1) == 20).all() and (weights[0] == 1).all()
     by_context = diagnose.group_mean(values, np.ones(1000, bool), context, weights)[1:].std()
     by_position = np.array([generator.choice(values, 1000).mean() for _ in range(2000)]).std()
-    assert by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1) and by_context > 5 * by_position
+    assert (
+        by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1)
+        and by_context > 5 * by_position
+    )
 
 
 def made_up(effect, contexts=60, each=30):
     generator, context = clusters(contexts, each)
     n = len(context)
-    scores = {name: generator.uniform(size=n) for name in
-              ("H", "H_teacher", "D8", "C8", "D16", "C16", "D32", "C32", "position", "forward_kl")}
+    scores = {
+        name: generator.uniform(size=n)
+        for name in (
+            "H",
+            "H_teacher",
+            "D8",
+            "C8",
+            "D16",
+            "C16",
+            "D32",
+            "C32",
+            "position",
+            "forward_kl",
+        )
+    }
     scores["context"] = context
     f = diagnose.features(scores, 16)
-    G = effect * f["D_learn"] + 0.3 * generator.normal(size=contexts)[context] + 0.2 * generator.normal(size=n)
-    return diagnose.statistics(scores, G, (8, 16, 32), 16, diagnose.cluster_weights(contexts, 200, 1), 0)
+    G = (
+        effect * f["D_learn"]
+        + 0.3 * generator.normal(size=contexts)[context]
+        + 0.2 * generator.normal(size=n)
+    )
+    return diagnose.statistics(
+        scores, G, (8, 16, 32), 16, diagnose.cluster_weights(contexts, 200, 1), 0
+    )
 
 
 def test_a_planted_effect_is_recovered_and_an_absent_one_is_not():
     planted, absent = made_up(1.0), made_up(0.0)
     found = planted["decomposition"]["16"]
-    assert found["learn"]["low"] > 0.3 and abs(found["incompat"]["value"]) < 0.1 and found["gap"]["low"] > 0
-    assert planted["rank_correlation"]["D_learn"]["low"] > 0.2 and planted["q3"]["16"]["top_minus_bottom"]["low"] > 0
-    assert planted["matched"]["0.1"]["teachability"]["low"] > planted["matched"]["0.1"]["random"]["high"]
+    assert (
+        found["learn"]["low"] > 0.3
+        and abs(found["incompat"]["value"]) < 0.1
+        and found["gap"]["low"] > 0
+    )
+    assert (
+        planted["rank_correlation"]["D_learn"]["low"] > 0.2
+        and planted["q3"]["16"]["top_minus_bottom"]["low"] > 0
+    )
+    assert (
+        planted["matched"]["0.1"]["teachability"]["low"]
+        > planted["matched"]["0.1"]["random"]["high"]
+    )
     nothing = absent["decomposition"]["16"]
     assert nothing["gap"]["low"] < 0 < nothing["gap"]["high"] and nothing["r2"]["value"] < 0.02
 
 
 def test_a_constant_feature_is_named_instead_of_printing_nan(capsys):
     generator, context = clusters()
-    scores = {name: generator.uniform(size=60) for name in ("H", "H_teacher", "D16", "C16", "position", "forward_kl")}
+    scores = {
+        name: generator.uniform(size=60)
+        for name in ("H", "H_teacher", "D16", "C16", "position", "forward_kl")
+    }
     scores |= {"context": context, "H_teacher": np.ones(60)}
     with pytest.raises(SystemExit) as stop:
-        diagnose.statistics(scores, generator.normal(size=60), (16,), 16, diagnose.cluster_weights(12, 9, 1), 0)
+        diagnose.statistics(
+            scores, generator.normal(size=60), (16,), 16, diagnose.cluster_weights(12, 9, 1), 0
+        )
     assert stop.value.code == 2 and "H_teacher" in capsys.readouterr().err
 
 
@@ -889,30 +1168,49 @@ def test_a_constant_feature_is_named_instead_of_printing_nan(capsys):
 def diagnosis(store, out, *more):
     diagnose.main(flags(store, out, "--contexts", 12, "--bootstrap", 50, *more))
     positions = [json.loads(line) for line in open(out / "positions.jsonl")]
-    return json.loads((out / "report.json").read_text()), positions, (out / "report.html").read_text()
+    return (
+        json.loads((out / "report.json").read_text()),
+        positions,
+        (out / "report.html").read_text(),
+    )
 
 
 @pytest.fixture(scope="session")
 def measured(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     prompts_file(folder / "many.jsonl", 30)
-    return folder, diagnosis(store, folder / "out", "--prompts", folder / "many.jsonl", "--steps", 5)
+    return folder, diagnosis(
+        store, folder / "out", "--prompts", folder / "many.jsonl", "--steps", 5
+    )
 
 
 def test_a_real_diagnosis_reports_all_five_parts_with_intervals(measured):
     _, (report, positions, page) = measured
-    assert report["contexts"] == 12 and report["positions"] == len(positions) and "nan" not in json.dumps(report).lower()
-    assert set(report["decomposition"]) == {"8", "16", "32"} and set(report["matched"]) == {"0.03", "0.05", "0.1"}
+    assert (
+        report["contexts"] == 12
+        and report["positions"] == len(positions)
+        and "nan" not in json.dumps(report).lower()
+    )
+    assert set(report["decomposition"]) == {"8", "16", "32"} and set(report["matched"]) == {
+        "0.03",
+        "0.05",
+        "0.1",
+    }
     for fit in report["decomposition"].values():
         assert set(fit) == {"learn", "incompat", "gap", "r2", "r2_baseline"}
         assert all(e["low"] <= e["high"] for e in fit.values())
     for methods in report["matched"].values():
         assert set(methods) == set(opd.METHODS)
-    assert all(line["G"] == pytest.approx(line["forward_kl"] - line["forward_kl_after"]) for line in positions)
+    assert all(
+        line["G"] == pytest.approx(line["forward_kl"] - line["forward_kl_after"])
+        for line in positions
+    )
     assert "<script" not in page and "http" not in page and page.count('class="t"') > 12
 
 
-def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(store, measured, tmp_path):
+def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(
+    store, measured, tmp_path
+):
     folder, (report, positions, _) = measured
     more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
     after = lambda name, path: diagnosis(store, tmp_path / name, *more, "--after", path)
@@ -920,7 +1218,9 @@ def test_features_come_from_before_training_alone_and_an_unchanged_student_gains
     same_report, same, _ = after("same", store / "qwen3-student")
     changed = {"G", "forward_kl_after", "reverse_kl_after"}
     for a, b, c in zip(positions, other, same):
-        assert {k: v for k, v in a.items() if k not in changed} == {k: v for k, v in b.items() if k not in changed}
+        assert {k: v for k, v in a.items() if k not in changed} == {
+            k: v for k, v in b.items() if k not in changed
+        }
         assert c["G"] == 0 and b["G"] == pytest.approx(b["forward_kl"], abs=1e-5)
     assert len(positions) == len(other) == len(same) and "not changed" in same_report["note"]
 
@@ -930,7 +1230,7 @@ def test_matched_budgets_compare_the_same_number_of_positions(measured):
     H = torch.tensor([[line["H"] for line in positions]])
     h = opd.robust_normalize(H, H > -1)[0].tolist()
     for budget in ("0.03", "0.05", "0.1"):
-        kept = sorted(range(len(h)), key=lambda n: -h[n])[:math.ceil(float(budget) * len(h))]
+        kept = sorted(range(len(h)), key=lambda n: -h[n])[: math.ceil(float(budget) * len(h))]
         expected = np.mean([positions[n]["G"] for n in kept])
         assert report["matched"][budget]["entropy"]["value"] == pytest.approx(expected, abs=1e-6)
 
@@ -946,9 +1246,14 @@ def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, ca
     folder, _ = measured
     put(tmp_path / "wide", model_of("qwen3", width=24))
     put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
-    for more, says in ((["--contexts", 2], "--contexts"), (["--after", tmp_path / "none"], "--after"),
-                       (["--after", tmp_path / "wide"], "other shapes"), (["--after", tmp_path / "other"], "tokenizer"),
-                       (["--resume", tmp_path], "--after"), (["--bootstrap", 0], "--bootstrap")):
+    for more, says in (
+        (["--contexts", 2], "--contexts"),
+        (["--after", tmp_path / "none"], "--after"),
+        (["--after", tmp_path / "wide"], "other shapes"),
+        (["--after", tmp_path / "other"], "tokenizer"),
+        (["--resume", tmp_path], "--after"),
+        (["--bootstrap", 0], "--bootstrap"),
+    ):
         with pytest.raises(SystemExit) as stop:
             diagnosis(store, tmp_path / "out", "--prompts", folder / "many.jsonl", *more)
         error = capsys.readouterr().err.strip()
@@ -957,19 +1262,32 @@ def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, ca
 
 
 def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
-    for method, budget, seed, kl in (("full", 0.1, 0, 0.5), ("full", 0.1, 1, 0.7), ("random", 0.1, 0, 0.9),
-                                     ("tip", 0.1, 0, 0.8), ("tip", 0.1, 1, 1.2)):
+    for method, budget, seed, kl in (
+        ("full", 0.1, 0, 0.5),
+        ("full", 0.1, 1, 0.7),
+        ("random", 0.1, 0, 0.9),
+        ("tip", 0.1, 0, 0.8),
+        ("tip", 0.1, 1, 1.2),
+    ):
         folder = tmp_path / f"{method}-{seed}"
         folder.mkdir()
-        after = {"reverse_kl": kl, "agreement": 0.5, "reference_nll": 4.0, "reference_accuracy": 0.2}
-        (folder / "summary.json").write_text(json.dumps(
-            {"args": {"select": method, "budget": budget, "seed": seed}, "after": after}))
+        after = {
+            "reverse_kl": kl,
+            "agreement": 0.5,
+            "reference_nll": 4.0,
+            "reference_accuracy": 0.2,
+        }
+        (folder / "summary.json").write_text(
+            json.dumps({"args": {"select": method, "budget": budget, "seed": seed}, "after": after})
+        )
     (tmp_path / "broken").mkdir()
     diagnose.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| tip"))
-    # mean 1.0, sample deviation 0.2828; paired with full: 0.3 and 0.5; with random: seed 0 only, -0.1
-    assert "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row and "-0.100 |" in row and "| 2 |" in row
+    # mean 1.0, sample deviation 0.283; minus full: 0.3 and 0.5; minus random: -0.1, seed 0 alone
+    assert (
+        "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row and "-0.100 |" in row and "| 2 |" in row
+    )
     assert "broken" in out and "100%" in out
 
 
@@ -980,24 +1298,49 @@ def test_the_worked_example_of_the_readme_is_right():
     p = torch.tensor([0.85, 0.07, 0.02, 0.02, 0.02, 0.02])
     learnable = torch.tensor([0.05, 0.87, 0.02, 0.02, 0.02, 0.02])
     incompatible = torch.tensor([0.245, 0.02, 0.675, 0.02, 0.02, 0.02])
-    s, t = p.log().expand(2, 6).clone().requires_grad_(), torch.stack([learnable, incompatible]).log()
+    s, t = (
+        p.log().expand(2, 6).clone().requires_grad_(),
+        torch.stack([learnable, incompatible]).log(),
+    )
     rounded = lambda values: [round(float(x), 2) for x in values]
     assert rounded(opd.entropy(s)) == [0.64, 0.64] and rounded(opd.forward_kl(s, t)) == [2.05, 2.05]
     D, C = opd.divergence(s, t, 2), opd.compatibility(s, t, 2)
     assert rounded(D) == [2.23, 2.18] and rounded(C) == [0.92, 0.27]
     assert rounded(D * C) == [2.05, 0.58] and rounded(D * (1 - C)) == [0.18, 1.6]
-    gradient, = torch.autograd.grad(opd.reverse_kl(s, t).sum(), s)
+    (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t).sum(), s)
     assert rounded([gradient[0, 1], gradient[1, 2]]) == [-0.33, -0.09]
     readme = (HERE / "README.md").read_text()
-    for number in ("0.64", "2.05", "2.23", "2.18", "0.92", "0.27", "0.58", "0.18", "1.60", "-0.33", "-0.09"):
+    for number in (
+        "0.64",
+        "2.05",
+        "2.23",
+        "2.18",
+        "0.92",
+        "0.27",
+        "0.58",
+        "0.18",
+        "1.60",
+        "-0.33",
+        "-0.09",
+    ):
         assert number in readme
 
 
 def test_every_command_of_the_readme_uses_flags_that_exist():
     readme = (HERE / "README.md").read_text()
     commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", readme)
-    known = {name: set(re.findall(r"--[a-z-]+", python(f"import {name}, sys; sys.argv[1:] = ['--help']; " + (
-        "opd.parse_args()" if name == "opd" else "diagnose.main()")).stdout)) for name in ("opd", "diagnose")}
+    known = {
+        name: set(
+            re.findall(
+                r"--[a-z-]+",
+                python(
+                    f"import {name}, sys; sys.argv[1:] = ['--help']; "
+                    + ("opd.parse_args()" if name == "opd" else "diagnose.main()")
+                ).stdout,
+            )
+        )
+        for name in ("opd", "diagnose")
+    }
     assert len(commands) >= 8
     for name, rest in commands:
         unknown = set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - known[name]
