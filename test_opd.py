@@ -510,13 +510,14 @@ def test_micro_batches_of_the_command_line_change_nothing_but_rounding(store, tm
 
 
 def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
-    model = model_of("qwen3", vocab=300, scale=0.0)  # uniform over 300 tokens
-    model.generation_config.update(top_k=2, top_p=0.1, repetition_penalty=9.0, do_sample=True)
+    model = model_of("qwen3", vocab=300, scale=5.0)  # nearly uniform, without ties
+    model.generation_config.update(top_k=2, top_p=0.1, min_p=0.8, do_sample=True)
     path = put(tmp_path / "model", model, tokenizer_of(300))
     pair = opd.load_pair(path, path)
     torch.manual_seed(0)
-    batch = opd.rollout(pair, [[5]] * 64, 30)
-    assert len(set(opd.tokens(batch).tolist())) > 250
+    batch = opd.rollout(pair, [[5]] * 3000, 1)
+    drawn = torch.bincount(opd.tokens(batch), minlength=300)
+    assert (drawn > 0).sum() > 290  # about ten draws a token
 
 
 def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
@@ -1285,9 +1286,8 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if line.startswith("| tip"))
     # mean 1.0, sample deviation 0.283; minus full: 0.3 and 0.5; minus random: -0.1, seed 0 alone
-    assert (
-        "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row and "-0.100 |" in row and "| 2 |" in row
-    )
+    assert "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row
+    assert "-0.100 |" in row and "| 2 |" in row
     assert "broken" in out and "100%" in out
 
 
