@@ -347,7 +347,8 @@ def save(pair, folder, state=None):
     try:
         pair.student.save_pretrained(beside)
         pair.tokenizer.save_pretrained(beside)
-        torch.save(state, beside / "state.pt")
+        if state:
+            torch.save(state, beside / "state.pt")
         beside.rename(folder)
     except Exception as error:  # every library has an exception of its own for a full disk
         fail(f"{folder} could not be written ({error}); earlier saves are intact", 1)
