@@ -139,13 +139,14 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, EOS ids
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # also of the device
         fail(f"{flag} {path} on {device}: {' '.join(str(error).split())}")
     model.eval()  # for good: with dropout, the update would not see the distribution sampled from
     ids, head = torch.arange(3, device=device)[None], model.get_output_embeddings()
-    if not head(model.base_model(ids)[0]).equal(model(ids).logits):  # soft-capping, scaling
-        fail(f"{flag} {path}: {model.config.model_type} logits are more than a projection, which "
-             "opd.py does by itself, position by position; choose another family")
+    projected, own = head(model.base_model(ids)[0]).float(), model(ids).logits.float()
+    if not projected.equal(own):  # soft-capping, scaling
+        fail(f"{flag} {path}: {model.config.model_type} models cap or scale their logits, which "
+             "opd.py, projecting position by position, does not; choose another family")
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     return model, tokenizer, ends
@@ -185,11 +186,10 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
             prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
             tail = tokenizer(record.get("reference", ""), add_special_tokens=False).input_ids
         except Exception as error:  # no JSON, no such key, no text, no chat template
-            fail(f"{path}, line {number}: a record has `prompt` (text) or `messages` (a chat) and "
-                 f"perhaps `reference` (text): {' '.join(repr(error).split())}")
+            fail(f"{path}, line {number} needs `prompt` (text) or `messages` (chat): {error!r}")
         if not 0 < len(prompt) <= limit - room:
-            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones models take 1 "
-                 f"to {limit - room} (--max-prompt-tokens, --max-new-tokens)")
+            fail(f"{path}, line {number}: {len(prompt)} tokens; a prompt needs 1 or more, and with "
+                 f"{room} new ones at most {limit} (--max-prompt-tokens, --max-new-tokens)")
         examples.append((prompt, tail[:limit - len(prompt)]))
     return examples
 
@@ -336,8 +336,8 @@ def train(pair, examples, args, out):
             log.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in list(line.items())[:12]))
         if step % 20 == 0:
-            texts = pair.tokenizer.batch_decode([prompts[0], tokens(split(batch, 1)[0])])
-            tqdm.write("  sample: {!r} -> {!r}".format(*texts))
+            sample = pair.tokenizer.batch_decode([prompts[0], tokens(split(batch, 1)[0])])
+            tqdm.write("  sample: {!r} -> {!r}".format(*sample))
         if args.save_every and (step + 1) % args.save_every == 0:
             save(pair, out / f"step-{step + 1}", (step + 1, optimizer.state_dict()))
 

@@ -976,6 +976,7 @@ def test_missing_paths_get_one_line(store, tmp_path, capsys):
         (["--prompts", "none.jsonl"], "none.jsonl"),
         (["--out", str(tmp_path / "file" / "out")], "file/out"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "cuda:99"], "cuda:99"),
         (["--resume", str(tmp_path / "none")], "none"),
     ):
         with pytest.raises(SystemExit) as stop:
