@@ -733,6 +733,15 @@ def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
     )
 
 
+def test_the_seed_changes_the_samples_and_not_only_the_order_of_the_prompts(store, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 12)
+    a, b = (
+        run(store, tmp_path / seed, "--seed", seed, "--prompts", tmp_path / "p.jsonl")
+        for seed in "34"
+    )
+    assert a[0]["kl_all"] != b[0]["kl_all"]
+
+
 def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
     full = timeless(run(store, tmp_path / "full", "--select", "full"))
     for method in ("divergence", "random"):
