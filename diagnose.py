@@ -227,8 +227,8 @@ stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at 
 
 # ---- The program.
 def compare(runs):
-    """Markdown: held-out results of finished opd.py runs after training, mean ± sample deviation
-    over seeds, and their differences, paired by seed, from full OPD and from random."""
+    """Markdown: held-out results of finished runs of opd.py, mean ± sample deviation over seeds,
+    and their differences, paired by seed, from full OPD and from random."""
     keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
     cells, missing = defaultdict(dict), []
     for run in runs:
@@ -236,7 +236,8 @@ def compare(runs):
             summary = json.loads((Path(run) / "summary.json").read_text())
             args = summary["args"]
             cell = args["select"], 1 if args["select"] == "full" else args["budget"]
-            cells[cell][args["seed"]] = [summary["after"].get(key, math.nan) for key in keys]
+            for place, when in ((cell, "after"), (("before training", 0), "before")):
+                cells[place][args["seed"]] = [summary[when].get(key, math.nan) for key in keys]
         except (OSError, ValueError, KeyError):
             missing.append(run)
     def show(values, sign=""):

@@ -111,20 +111,23 @@ def test_extreme_logits_give_finite_values_and_gradients():
         assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-def test_the_mathematics_runs_alone_when_pasted():
+def test_each_function_of_the_mathematics_runs_alone_when_pasted():
     source = (HERE / "opd.py").read_text()
-    for name in (
-        "entropy",
-        "forward_kl",
-        "reverse_kl",
-        "divergence",
-        "compatibility",
-        "response_mask",
-    ):
-        alone = {"torch": torch}
+    s, t = logits(3, 6), logits(3, 6, seed=1)
+    mask = torch.ones(3, 6) > 0
+    for name, arguments in {
+        "entropy": (s,),
+        "forward_kl": (s, t),
+        "reverse_kl": (s, t),
+        "divergence": (s, t, 2),
+        "compatibility": (s, t, 2),
+        "robust_normalize": (s, mask),
+        "select_positions": (s, mask, 0.3),
+        "response_mask": (torch.tensor([[5, 0, 7]]), [0]),
+    }.items():
+        alone = {"torch": torch, "math": math, "numpy": np}  # the imports, and no other function
         exec(re.search(rf"^def {name}\(.*?(?=^def |^# ----|\Z)", source, re.M | re.S)[0], alone)
-        assert callable(alone[name])
-    assert alone["response_mask"](torch.tensor([[5, 0, 7]]), [0]).tolist() == [[True, True, False]]
+        assert torch.equal(alone[name](*arguments), getattr(opd, name)(*arguments))
 
 
 def quantile(values, share):
@@ -1290,7 +1293,13 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
             "reference_accuracy": 0.2,
         }
         (folder / "summary.json").write_text(
-            json.dumps({"args": {"select": method, "budget": budget, "seed": seed}, "after": after})
+            json.dumps(
+                {
+                    "args": {"select": method, "budget": budget, "seed": seed},
+                    "before": after | {"reverse_kl": 2.0 + seed},
+                    "after": after,
+                }
+            )
         )
     (tmp_path / "broken").mkdir()
     diagnose.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
@@ -1300,6 +1309,8 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     assert "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row
     assert "-0.100 |" in row and "| 2 |" in row
     assert "broken" in out and "100%" in out
+    before = next(line for line in out.splitlines() if line.startswith("| before"))
+    assert "2.500 ± 0.707" in before and "+1.900 ± 0.566" in before  # 2 - 0.5 and 3 - 0.7
 
 
 # ---- The README
