@@ -19,6 +19,7 @@ always K, the support of D and C; the share of positions kept is `budget`; sampl
 Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
 """
 import argparse, json, math, sys, time
+from itertools import starmap
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -198,6 +199,7 @@ class Rollout(NamedTuple):
     ids: torch.Tensor  # [B, P + R] left-padded prompt, then the response as sampled
     attention: torch.Tensor  # [B, P + R] 0 on the prompt's padding
     mask: torch.Tensor  # [B, R] bool, the valid response positions
+    logp: torch.Tensor  # [B, R] log p of each response token when it was sampled
     truncated: torch.Tensor  # [B] bool, no EOS before the length limit
 
 def tokens(batch):  # -> [N], the responses' tokens, row by row
@@ -211,16 +213,22 @@ def split(batch, size):  # -> micro-batches of `size` responses
 def rollout(pair, prompts, max_new_tokens):  # B lists of ids -> Rollout
     """Sample one response to each prompt, from the very distribution that is scored: no filter."""
     inputs = pair.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    prompt_length = inputs.input_ids.shape[1]
-    extra = range(pair.width, len(pair.student.get_output_embeddings().weight))  # not the teacher's
-    ids = pair.student.generate(
-        **inputs.to(pair.student.device), max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
-        top_p=1.0, temperature=pair.temperature, suppress_tokens=list(extra) or None,
-        remove_invalid_values=True)  # let the loss meet the nan: it can tell in which step
-    responses = ids[:, prompt_length:]  # [B, R]
+    inputs, logp = inputs.to(pair.student.device), []
+
+    def next_token(ids, logits):  # [B, t], [B, rows] -> [B, V], to draw from
+        if logp:  # by now the token drawn from the last one is known: keep no more than that
+            logp[-1] = logp[-1].gather(-1, ids[:, -1:])
+        logits = logits[:, :pair.width] / pair.temperature
+        logp.append(logits.log_softmax(-1))
+        return logits.nan_to_num()  # let the loss meet the nan: it can tell in which step
+    ids = pair.student.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
+                                top_p=1.0, temperature=1.0, logits_processor=[next_token])
+    logp[-1] = logp[-1].gather(-1, ids[:, -1:])
+    responses = ids[:, inputs.input_ids.shape[1]:]  # [B, R]
     ends = torch.tensor(pair.eos_ids, dtype=ids.dtype, device=ids.device)
     return Rollout(ids, torch.cat([inputs.attention_mask, torch.ones_like(responses)], -1),
-                   response_mask(responses, pair.eos_ids), ~torch.isin(responses, ends).any(-1))
+                   response_mask(responses, pair.eos_ids), torch.cat(logp, -1),
+                   ~torch.isin(responses, ends).any(-1))
 
 @autocast
 def backbone(model, batch, size):  # -> [N, E]
@@ -239,25 +247,26 @@ def project(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q: float32, of the shared width, at the pair's temperature."""
     return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
 
+def chunks(pair, hidden, teacher_hidden, tokens):  # -> logits of p and q, [n, V] each, tokens [n]
+    for h, t, y in zip(*(x.split(max(1, CHUNK // pair.width))
+                         for x in (hidden, teacher_hidden, tokens))):
+        yield project(pair, pair.student, h), project(pair, pair.teacher, t), y
+
 def measure(pair, batch, size, function, graph=False):  # -> [N, ...] each, [N, E], [N, E']
     """function(student_logits, teacher_logits, tokens) -> tuple at all positions, in chunks, and
     the hidden states of the student (with their graph, if wanted) and the teacher."""
     with torch.set_grad_enabled(graph):
         hidden = backbone(pair.student, batch, size)
     with torch.no_grad():
-        columns = hidden, backbone(pair.teacher, batch, size), tokens(batch)
-        parts = zip(*(column.split(max(1, CHUNK // pair.width)) for column in columns))
-        results = [function(project(pair, pair.student, h), project(pair, pair.teacher, t), y)
-                   for h, t, y in parts]
-    return [torch.cat(result) for result in zip(*results)], *columns[:2]
+        teacher_hidden = backbone(pair.teacher, batch, size)
+        results = starmap(function, chunks(pair, hidden, teacher_hidden, tokens(batch)))
+        return [torch.cat(result) for result in zip(*results)], hidden, teacher_hidden
 
 def backward(pair, kind, hidden, teacher_hidden, tokens, divisor):  # [n, E], [n, E'], [n] -> float
     """Backpropagate sum(loss) / divisor and return it. The chain rule is cut at the hidden states,
     so that one chunk's logits are freed before the next chunk's are made."""
     leaf, total = hidden.detach().requires_grad_(), 0.0
-    columns = (x.split(max(1, CHUNK // pair.width)) for x in (leaf, teacher_hidden, tokens))
-    for h, t, y in zip(*columns):
-        p, q = project(pair, pair.student, h), project(pair, pair.teacher, t)
+    for p, q, y in chunks(pair, leaf, teacher_hidden, tokens):
         loss = token_loss(kind, p, q, y).sum() / divisor
         loss.backward()
         total += loss.item()
@@ -281,7 +290,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
                                            return_tensors="pt").to(batch.ids.device).values()
             ids, attention = (torch.cat([x[:, :-batch.mask.shape[1]], y], -1)
                               for x, y in ((batch.ids, ids), (batch.attention, mask)))
-            batch = Rollout(ids, attention, mask == 1, batch.truncated)
+            batch = batch._replace(ids=ids, attention=attention, mask=mask == 1)
             rows[2].append(measure(pair, batch, size, lambda p, q, y: (
                 cross_entropy(p, y, reduction="none"), p.argmax(-1) == y))[0])
     means = [float(torch.cat(column).float().mean()) for part in rows for column in zip(*part)]
@@ -292,7 +301,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 def train(pair, examples, args, out):
     """Train in place. Chance depends on seed and step alone: --resume continues bit for bit."""
     student, size, first = pair.student, args.micro_batch_size or args.batch_size, 0
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
     if args.resume:
         first, state = torch.load(Path(args.resume) / "state.pt", map_location="cpu")
         optimizer.load_state_dict(state)
@@ -307,31 +316,33 @@ def train(pair, examples, args, out):
         rolled = time.time()
         values, hidden, teacher_hidden = measure(pair, batch, size, lambda p, q, y: (  # 2. score
             entropy(p), divergence(p, q, args.top_k), compatibility(p, q, args.top_k),
-            reverse_kl(p, q)), graph=size >= args.batch_size)  # the update needs no second forward
-        H, D, C, kl = (torch.zeros_like(batch.mask, dtype=z.dtype).masked_scatter(batch.mask, z)
-                       for z in values)  # [B, R] each
+            reverse_kl(p, q), -cross_entropy(p, y, reduction="none")),
+            graph=size >= args.batch_size)  # the update needs no second forward
+        H, D, C = (torch.zeros_like(batch.mask, dtype=z.dtype).masked_scatter(batch.mask, z)
+                   for z in values[:3])  # [B, R] each
         scores = position_scores(args.select, H, D, C, batch.mask, generator.manual_seed(seed))
         keep = select_positions(scores, batch.mask, 1 if args.select == "full" else args.budget)
         kept, valid, scored = int(keep.sum()), int(batch.mask.sum()), time.time()  # 3. select
-        loss, parts = 0.0, split(batch, size)  # 4. update
-        counts = [int(part.mask.sum()) for part in parts]
-        columns = (x.split(counts) for x in (keep[batch.mask], teacher_hidden))
-        for part, rows, t in zip(parts, *columns):
-            if rows.any():  # the divisor is the whole batch's, however the batch is cut
-                h = hidden if len(parts) == 1 else backbone(student, part, size)
-                loss += backward(pair, args.loss, h[rows], t[rows], tokens(part)[rows], kept)
+        loss, rows = 0.0, keep[batch.mask]  # 4. update
+        parts = split(batch._replace(mask=keep), size)
+        targets = teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
+        for part, target in zip(parts, targets):
+            h = hidden[rows] if len(parts) == 1 else backbone(student, part, size)
+            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # the batch's divisor
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         optimizer.step()
         optimizer.zero_grad()
-        H, D, C, kl, cut = (float(z.mean()) for z in (*values, batch.truncated.float()))
+        values[4] = (values[4] - batch.logp[batch.mask]).abs()
+        H, D, C, kl, gap, cut = (float(z.mean()) for z in (*values, batch.truncated.float()))
         line = {"step": step, "loss": loss, "kl_all": kl, "kept": kept, "valid": valid,
                 "entropy": H, "divergence": D, "compatibility": C,
                 "mean_length": valid / len(prompts), "truncated": cut, "lr": lr,
                 "seconds": time.time() - started, "rollout_seconds": rolled - started,
-                "score_seconds": scored - rolled, "padding": 1 - valid / keep.numel()}
+                "score_seconds": scored - rolled, "padding": 1 - valid / keep.numel(),
+                "sampling_gap": gap}
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in list(line.items())[:12]))
