@@ -40,7 +40,7 @@ def features(scores, k):  # {name: [N]} raw, of theta0 -> {name: [N]}
         return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].double().numpy()
     h, teacher, d, c = (tilde(scores[name]) for name in ("H", "H_teacher", f"D{k}", f"C{k}"))
     return {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
-            "TIP": h + d - h * d, "position": scores["position"], "H_teacher": teacher}
+            "TIP": 1 - (1 - h) * (1 - d), "position": scores["position"], "H_teacher": teacher}
 
 # ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
 def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]

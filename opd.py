@@ -86,8 +86,9 @@ def position_scores(method, entropy, divergence, compatibility, mask, generator=
     learnable, incompatible = d * c, d * (1 - c)  # they add up to d
     scores = {"full": torch.zeros_like(d),  # no ranking: every position is kept
               "teachability": learnable,
-              "teachability_entropy": h + learnable - h * learnable,  # soft OR
-              "tip": h + d - h * d,
+              # Soft OR: h + d - h * d, in a form that ties exactly where h or d is 1.
+              "teachability_entropy": 1 - (1 - h) * (1 - learnable),
+              "tip": 1 - (1 - h) * (1 - d),
               "entropy": h, "divergence": d, "compatibility": c, "incompatible": incompatible}
     if method not in scores:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")

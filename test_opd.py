@@ -194,6 +194,13 @@ def test_every_method_scores_as_its_row_of_the_table():
         )
 
 
+def test_soft_or_ties_exactly_where_entropy_is_saturated():
+    H, D, C, mask = grids()
+    H[:, 0] = 9.0  # beyond the 95 % quantile: normalised to 1, so D must make no difference
+    for method in ("tip", "teachability_entropy"):
+        assert opd.position_scores(method, H, D, C, mask)[:, 0].tolist() == [1.0] * 4
+
+
 def test_learnable_and_incompatible_add_up_to_the_disagreement():
     H, D, C, mask = grids()
     score = lambda method: opd.position_scores(method, H, D, C, mask)
@@ -502,7 +509,8 @@ def test_gradient_does_not_depend_on_the_micro_batches(store):
 
 
 def test_micro_batches_of_the_command_line_change_nothing_but_rounding(store, tmp_path):
-    logs = [run(store, tmp_path / size, "--micro-batch-size", size) for size in "124"]
+    more = ["--lr", 3e-2, "--steps", 5]  # enough for a wrong gradient to show in the losses
+    logs = [run(store, tmp_path / size, "--micro-batch-size", size, *more) for size in "124"]
     for log in logs[:2]:
         assert [line["loss"] for line in log] == pytest.approx(
             [line["loss"] for line in logs[2]], abs=1e-4
@@ -535,6 +543,49 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
         opd.project(cold, cold.student, hidden[:1])[0].softmax(-1), expected, atol=1e-5
     )
     assert (drawn - expected).abs().max() < 0.04 and expected.max() > 0.1
+
+
+def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp_path):
+    student = put(tmp_path / "wide", model_of("gpt2", vocab=V + 9))
+    pair = opd.load_pair(student, put(tmp_path / "t", model_of("qwen3")), temperature=0.7)
+    torch.manual_seed(0)
+    batch = opd.rollout(pair, PROMPTS, 6)
+    assert batch.logp.shape == batch.mask.shape
+    for b, prompt in enumerate(PROMPTS):  # one by one, without padding
+        response = batch.ids[b, 5:][batch.mask[b]].tolist()
+        own = pair.student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :]
+        for row, y, logp in zip(rows(own[:, :V] / 0.7), response, batch.logp[b]):
+            assert logp == pytest.approx(math.log(softmax(row)[y]), abs=1e-4)
+
+
+def test_the_log_tells_how_far_sampling_and_scoring_are_apart(store, tmp_path, monkeypatch):
+    more = ["--temperature", 0.8]
+    assert all(line["sampling_gap"] < 1e-5 for line in run(store, tmp_path / "a", *more))
+    real = opd.rollout
+
+    def elsewhere(*args):  # as if every token had been drawn with a quarter nat more
+        batch = real(*args)
+        return batch._replace(logp=batch.logp + 0.25)
+
+    monkeypatch.setattr(opd, "rollout", elsewhere)
+    for line in run(store, tmp_path / "b", *more):
+        assert line["sampling_gap"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(store, family):
+    pair = load(store, family)
+    torch.manual_seed(0)
+    batch = opd.rollout(pair, PROMPTS, 6)
+    exact = gradient(pair, batch, batch.mask, 3)
+    with torch.autocast("cpu", torch.bfloat16):  # what opd.autocast does on a GPU
+        torch.manual_seed(0)
+        assert (opd.rollout(pair, PROMPTS, 6).logp - batch.logp)[:, 0].abs().max() < 0.1
+        (p, kl), *_ = opd.measure(pair, batch, 3, lambda p, q, y: (p, opd.reverse_kl(p, q)))
+        rounded = gradient(pair, batch, batch.mask, 3)
+    assert p.dtype == torch.float32 and (kl > 0).all()
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
 
 
 def test_sampled_ids_are_the_scored_ids_and_never_pass_through_text(store, monkeypatch):
@@ -657,6 +708,8 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
         "truncated",
         "seconds",
         "lr",
+        "padding",
+        "sampling_gap",
     } <= set(log[0])
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
