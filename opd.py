@@ -33,7 +33,7 @@ from tqdm import tqdm
 METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
            "compatibility", "incompatible", "random")
 CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator gives back when freed
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
 
 # ---- The mathematics: pure functions of logits in any float dtype. Copy them freely.
