@@ -217,7 +217,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of ids -> Rollout
     inputs, logp = inputs.to(pair.student.device), []
 
     def next_token(ids, logits):  # [B, t], [B, rows] -> [B, V], to draw from
-        if logp:  # by now the token drawn from the last one is known: keep no more than that
+        if logp:  # what the step before has drawn is known by now: keep its log p alone
             logp[-1] = logp[-1].gather(-1, ids[:, -1:])
         logits = logits[:, :pair.width] / pair.temperature
         logp.append(logits.log_softmax(-1))
@@ -329,14 +329,14 @@ def train(pair, examples, args, out):
         targets = teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
         for part, target in zip(parts, targets):
             h = hidden[rows] if len(parts) == 1 else backbone(student, part, size)
-            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # the batch's divisor
+            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # of the whole batch
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         optimizer.step()
         optimizer.zero_grad()
-        values[4] = (values[4] - batch.logp[batch.mask]).abs()
+        values[4] = (values[4] - batch.logp[batch.mask]).abs()  # rounding, if all is well
         H, D, C, kl, gap, cut = (float(z.mean()) for z in (*values, batch.truncated.float()))
         line = {"step": step, "loss": loss, "kl_all": kl, "kept": kept, "valid": valid,
                 "entropy": H, "divergence": D, "compatibility": C,
