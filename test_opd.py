@@ -843,6 +843,14 @@ def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(store, tmp_path):
     assert moved > 0.9 * sum(w.numel() for w in after.values())
 
 
+def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, tmp_path):
+    run(store, tmp_path / "out", "--lr", 1, "--steps", 1, "--select", "full")
+    before, after = weights_of(store / "qwen3-student"), weights_of(tmp_path / "out" / "student")
+    lr = 0.1  # after one step Adam's two moments cancel: every weight moves by lr, after the decay
+    moved = torch.cat([(after[n] - w * (1 - lr * 0.1)).abs().flatten() for n, w in before.items()])
+    assert (moved - lr).abs().median() < 5e-5 and (moved < lr + 1e-5).all()
+
+
 @pytest.mark.parametrize(
     "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]]
 )
