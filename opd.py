@@ -329,7 +329,7 @@ def train(pair, examples, args, out):
         targets = teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
         for part, target in zip(parts, targets):
             h = hidden[rows] if len(parts) == 1 else backbone(student, part, size)
-            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # of the whole batch
+            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # by the batch's count
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
