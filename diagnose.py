@@ -1,48 +1,84 @@
 """The fixed-context diagnostic: which disagreement did the student really learn?
 
-  1. contexts  sample responses from the student before training, theta0, and freeze them
-  2. before    score each of their positions with the teacher and theta0              score_contexts
-  3. train     theta0 -> theta1 by opd.py's own loop, or take a student trained earlier (--after)
-  4. after     score the same positions with theta1. The gain of a position, in nats:
-               G = KL(teacher || theta0) - KL(teacher || theta1), same context, full vocabulary
-  5. report    which quantities of theta0 explain G?           features, statistics, tables, as_page
+  1. freeze     responses of the student before training, theta0: the contexts
+  2. before     score each of their positions with the teacher and theta0
+  3. theta1     train by opd.py's own loop, on all positions, or take a trained student (--after)
+  4. gains      score the same positions with theta1: how much nearer to the teacher is each?
+  5. report     which quantities of theta0 explain the gain G?
 
-What explains is measured at theta0 alone. Intervals are 95 % percentile cluster bootstraps over
-contexts, as the positions of one response are not independent. Arrays are numpy's, one entry per
-position (N). Source: arXiv 2605.26844, fixed-context analysis.
+G is measured in three ways: as the fall of KL(teacher || student), the paper's, and of KL(student
+|| teacher), what training minimises, both in nats over the full vocabulary; and as the rise of the
+overlap, sum_v min(p(v), q(v)): by how much a sample would look more like the teacher's. Intervals
+are 95 % percentile cluster bootstraps over contexts, as the positions of one response are not
+independent. Arrays are numpy's, one entry per position (N). Source: arXiv 2605.26844.
 """
 import argparse, html, json, math, sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 import opd
 
 REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
 BASELINE = ("H", "D", "H*D", "position", "H_teacher")
+MEASURES = ("forward_kl", "reverse_kl", "overlap")
 
-# ---- Scores and features.
+def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
+    """sum_v min(p(v), q(v)), in [0, 1]: the share of probability that both models agree on."""
+    p, q = student_logits.float().softmax(-1), teacher_logits.float().softmax(-1)
+    return torch.minimum(p, q).sum(-1)
+
+# ---- Steps 1 to 4: what is measured at the positions of the frozen contexts.
+def freeze(pair, held_out, args):  # -> rollouts of the student before training
+    torch.manual_seed(args.seed)
+    prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
+    return [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens)
+            for i in tqdm(range(0, len(prompts), args.batch_size), "sampling contexts",
+                          disable=None)]
+
 def score_contexts(pair, batches, args, function):  # -> one [N, ...] for each result
     """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""
-    size = args.micro_batch_size or args.batch_size
-    results = [opd.measure(pair, batch, size, function)[0]
-               for batch in tqdm(batches, desc="scoring contexts", disable=None)]
+    results = [opd.measure(pair, batch, args.micro_batch_size, function)
+               for batch in tqdm(batches, "scoring contexts", disable=None)]
     columns = (torch.cat(column).cpu().numpy() for column in zip(*results))
     return [x.astype(float) if x.dtype == np.float32 else x for x in columns]
 
+def before(pair, batches, args):  # -> {name: [N]}, first choices of both models [N, 5] each
+    """All that explains, measured at theta0 alone; D and C for each support K."""
+    supports, best = args.supports, min(5, pair.width)
+    *values, mine, theirs = score_contexts(pair, batches, args, lambda p, q, y: (
+        opd.forward_kl(p, q), opd.reverse_kl(p, q), overlap(p, q), opd.entropy(p), opd.entropy(q),
+        *(f(p, q, k) for f in (opd.divergence, opd.compatibility) for k in supports),
+        y, p.topk(best).indices, q.topk(best).indices))
+    scores = dict(zip([*MEASURES, "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports),
+                       "id"], values))
+    lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).tolist()
+    scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
+    scores["position"] = np.concatenate([np.arange(n) / max(n - 1, 1) for n in lengths])
+    return scores, (mine, theirs)
+
+def gains(pair, batches, scores, args):  # -> {measure: [N]}, above 0 where theta1 is nearer
+    forward, reverse, common = score_contexts(pair, batches, args, lambda p, q, y: (
+        opd.forward_kl(p, q), opd.reverse_kl(p, q), overlap(p, q)))
+    return {"forward_kl": scores["forward_kl"] - forward,
+            "reverse_kl": scores["reverse_kl"] - reverse, "overlap": common - scores["overlap"]}
+
+# ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
 def features(scores, k):  # {name: [N]} raw, of theta0 -> {name: [N]}
     """H, D and C normalised robustly over all positions, and what the paper makes of them."""
     def tilde(values):
         row = torch.tensor(values)[None]
         return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].double().numpy()
     h, teacher, d, c = (tilde(scores[name]) for name in ("H", "H_teacher", f"D{k}", f"C{k}"))
-    return {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
-            "TIP": 1 - (1 - h) * (1 - d), "position": scores["position"], "H_teacher": teacher}
+    f = {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
+         "TIP": 1 - (1 - h) * (1 - d), "position": scores["position"], "H_teacher": teacher}
+    for name in REGRESSORS + BASELINE:
+        if np.ptp(f[name]) < 1e-12:
+            opd.fail(f"{name} (K = {k}) is the same at all positions and makes the regression "
+                     "singular; use more contexts or longer responses")
+    return f
 
-# ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
 def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
     """Row 0 is the sample itself; every other row resamples whole contexts with replacement."""
     draw = np.random.default_rng(seed).multinomial(contexts, np.full(contexts, 1 / contexts), draws)
@@ -91,81 +127,84 @@ def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
     places = [np.unique(z, return_inverse=True)[1] for z in (x, y)]
     return np.array([correlate(row[context]) for row in weights])
 
-def statistics(scores, G, supports, top_k, weights, seed):  # -> the numbers of the report
-    """All five parts, from the scores {name: [N]} of theta0 (`context` among them) and G [N]."""
-    context, report = scores["context"], defaultdict(dict)
-    average = lambda member: group_mean(G, member, context, weights)
-    ratio = G / (scores["forward_kl"] + 1e-12)
+def kept_by(method, scores, k, share, seed):  # -> [N] bool
+    """What `method` would keep: the same count for all, with no extra position per response."""
+    H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{k}", f"C{k}"))
+    ranks = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0,
+                                torch.Generator().manual_seed(seed))[0]
+    best = ranks.sort(descending=True, stable=True).indices
+    kept = np.zeros(len(best), bool)
+    kept[best[:len(best) if method == "full" else math.ceil(share * len(best))]] = True
+    return kept
+
+# ---- Step 5: the report, a list of tables (title, how to read it, columns, {label: cells}). A cell
+# is an estimate or a text. They are shown in the terminal and as a page.
+def decomposition(scores, G, supports, weights):  # -> a table
+    rows, context = {}, scores["context"]
+    ratio = G["forward_kl"] / (scores["forward_kl"] + 1e-12)
     ratio = np.clip(ratio, *np.quantile(ratio, [0.01, 0.99]))  # winsorised: its left tail is heavy
+    for name, outcome in (G | {"forward_kl, relative": ratio}).items():
+        for k in supports:
+            f = features(scores, k)
+            slopes, r2 = ols([f[x] for x in REGRESSORS], outcome, context, weights)
+            _, baseline = ols([f[x] for x in BASELINE], outcome, context, weights)
+            learn, incompat = slopes[:, 1], slopes[:, 2]
+            rows[f"{name}, K={k}"] = [*map(estimate, (learn, incompat, learn - incompat)),
+                                      f"{r2[0]:.3f}", f"{baseline[0]:.3f}"]
+    return ("What explains G?", "Standard deviations that G rises with one more of each; gap above "
+            "0: learnable disagreement is learned more. The paper, forward KL: D_learn 0.086 to "
+            "0.087, D_incompat 0.043 to 0.045. R2, and R2 with D and H*D in their place.",
+            ["D_learn", "D_incompat", "gap", "R2", "with D, H*D"], rows)
+
+def inside_q3(scores, mean, supports, top_k):  # -> a table
+    rows = {}
     for k in supports:
         f = features(scores, k)
-        for name in REGRESSORS + BASELINE:
-            if np.ptp(f[name]) < 1e-12:
-                opd.fail(f"{name} (K = {k}) is the same at all positions and makes the regression "
-                         "singular; use more contexts or longer responses")
-        for part, outcome in (("decomposition", G), ("decomposition_relative", ratio)):
-            slopes, r2 = ols([f[name] for name in REGRESSORS], outcome, context, weights)
-            _, baseline = ols([f[name] for name in BASELINE], outcome, context, weights)
-            report[part][str(k)] = {
-                "learn": estimate(slopes[:, 1]), "incompat": estimate(slopes[:, 2]),
-                "gap": estimate(slopes[:, 1] - slopes[:, 2]), "r2": estimate(r2),
-                "r2_baseline": estimate(baseline)}
-        # Q3: the student is sure (H below the median) and yet in disagreement (D above it).
         q3 = np.flatnonzero((f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"])))
-        def member(name, groups, group):  # [N] bool: in Q3, and there in that group by `name`
-            chosen = np.zeros(len(G), bool)
-            chosen[q3[quantile_group(f[name][q3], groups) == group]] = True
-            return chosen
-        gap = average(member("C", 3, 2)) - average(member("C", 3, 0))
-        report["q3"][str(k)] = {"top_minus_bottom": estimate(gap)} | {
-            f"{name} quartile {g + 1}": estimate(average(member(name, 4, g)))
-            for name in ("D_learn", "D_incompat") for g in range(4)}
+        def group(name, groups, which):  # [N]: 1 in that group of Q3 by `name`, else 0
+            member = np.zeros(len(f["H"]))
+            member[q3[quantile_group(f[name][q3], groups) == which]] = 1
+            return member
+        rows[f"K={k} top - bottom third of C"] = mean(group("C", 3, 2), group("C", 3, 0))
         if k == top_k:
-            report["rank_correlation"] = {
-                name: estimate(spearman(f[name], G, context, weights))
-                for name in ("D", "D_learn", "D_incompat", "H", "TIP")}
-    H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{top_k}", f"C{top_k}"))
-    for method in opd.METHODS:
-        generator = torch.Generator().manual_seed(seed)
-        order = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0, generator)[0]
-        order = order.sort(descending=True, stable=True).indices
-        for budget in (0.03, 0.05, 0.1):  # the same count for all: no extra position per response
-            kept = np.zeros(len(G), bool)
-            kept[order[:len(G) if method == "full" else math.ceil(budget * len(G))]] = True
-            report["matched"].setdefault(str(budget), {})[method] = estimate(average(kept))
-    return dict(report)
+            rows |= {f"K={k} {name} quartile {i + 1}": mean(group(name, 4, i))
+                     for name in ("D_learn", "D_incompat") for i in range(4)}
+    return ("Sure, and yet in disagreement (H below, D above the median)", "Mean G; top - bottom "
+            "above 0: the more compatible positions gain more.", MEASURES, rows)
 
-# ---- The report: a list of tables, shown as text and as a page.
-def tables(report, top_k):  # -> [(title, how to read it, [(label, estimate, the paper's figure)])]
-    paper = {"learn": "paper 0.086-0.087", "incompat": "paper 0.043-0.045"}
-    names = {"learn": "D_learn", "incompat": "D_incompat", "gap": "D_learn - D_incompat",
-             "r2": "R2", "r2_baseline": "R2 with H, D, H*D"}
-    q3, matched = report["q3"], report["matched"]
-    return [(
-        f"Decomposition of {outcome}", "Standard deviations that it rises with one more of each. "
-        "Gap above 0: learnable disagreement is learned more.",
-        [(f"K={k} {names[name]}", e, paper.get(name, ""))
-         for k, fit in report[part].items() for name, e in fit.items()])
-        for part, outcome in (("decomposition", "G in nats"),
-                              ("decomposition_relative", "G / KL before, winsorised"))
-    ] + [(
-        "Sure, and yet in disagreement (H below, D above the median)", "Mean G in nats. Top - "
-        "bottom above 0: where they are more compatible, positions improve more.",
-        [(f"K={k} top - bottom third of C", q3[k]["top_minus_bottom"], "") for k in q3] + [
-            (f"K={top_k} {name}", e, "") for name, e in q3[str(top_k)].items() if "quart" in name]),
+def tables(scores, G, args, decode):
+    """All of the report: G explained, inside Q3, ranked, by matched budgets; what is kept."""
+    weights = cluster_weights(args.contexts, args.bootstrap, args.seed)
+    context, K, f = scores["context"], args.top_k, features(scores, args.top_k)
+    def mean(member, other=None):  # mean G of the members, less that of the others
+        draws = ([group_mean(g, m, context, weights) for m in (member, other) if m is not None]
+                 for g in G.values())
+        return [estimate(values[0] - sum(values[1:])) for values in draws]
+    keep = lambda method, share: kept_by(method, scores, K, share, args.seed)
+    kept = {method: scores["id"][keep(method, args.budget)].tolist() for method in opd.METHODS}
+    return [
+        decomposition(scores, G, args.supports, weights),
+        inside_q3(scores, mean, args.supports, K),
         ("Rank correlation with G (Spearman)", "What orders positions by their gain? D is the raw "
-         "disagreement.", [(name, e, "") for name, e in report["rank_correlation"].items()])
-    ] + [(
-        f"Mean G of the {float(budget):.0%} of positions that each method would keep", "In nats, "
-        "at the same count for all; `full` is the mean over all positions.",
-        [(method, e, "") for method, e in matched[budget].items()]) for budget in matched]
+         "disagreement.", MEASURES, {
+             name: [estimate(spearman(f[name], g, context, weights)) for g in G.values()]
+             for name in ("D", "D_learn", "D_incompat", "H", "TIP")}),
+        ("Mean G of the positions that each method would keep", "At the same count for all.",
+         MEASURES, {"100% full": mean(keep("full", 1))} | {
+             f"{share:.0%} {method}": mean(keep(method, share))
+             for share in (0.03, 0.05, 0.1) for method in opd.METHODS[1:]}),
+        (f"What each method keeps at {args.budget:.0%}", "Its most frequent tokens, and their "
+         "share.", ["tokens"], {method: ["  ".join(
+             f"{decode(token)!r} {count / len(ids):.0%}"
+             for token, count in Counter(ids).most_common(5))] for method, ids in kept.items()})]
 
-def print_report(report, top_k):
-    print(f"{report['contexts']} contexts, {report['positions']} positions. {report['note']}")
-    for title, reading, rows in tables(report, top_k):
-        print(f"\n{title}\n{reading}")
-        for label, e, paper in rows:
-            print(f"  {label:30}{e['value']:9.4f}  [{e['low']:8.4f}, {e['high']:8.4f}]  {paper}")
+def as_text(tables):
+    for title, reading, columns, rows in tables:
+        yield f"\n{title}\n{reading}"
+        for label, cells in {"": columns, **rows}.items():
+            texts = [cell if isinstance(cell, str) else "{value:+.3f} [{low:+.2f}, {high:+.2f}]"
+                     .format(**cell) for cell in cells]
+            yield f"  {label:30}" + "".join(f"{text:>24}" for text in texts[:3]) + "".join(f"{text:>13}" for text in texts[3:])
 
 STYLE = """
 :root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
@@ -193,70 +232,105 @@ def token_map(contexts):  # [(prompt, [(token, D_learn, D_incompat, what pointin
     return "".join(f'<p class="map"><span class="faint">{visible(prompt)}</span><wbr>'
                    + "<wbr>".join(span(*token) for token in tokens) for prompt, tokens in contexts)
 
-def as_page(report, top_k, contexts):
+def bar(cell, low, width):  # an estimate on the scale of its column, with whiskers
+    zero, value, left, right = (
+        100 * (x - low) / width for x in (0, cell["value"], cell["low"], cell["high"]))
+    return (f'<td><svg viewBox="0 0 100 10" preserveAspectRatio="none"><rect y="2" height="6" '
+            f'x="{min(zero, value):.2f}" width="{abs(value - zero):.2f}"/><line y1="5" y2="5" '
+            f'x1="{left:.2f}" x2="{right:.2f}"/><line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" '
+            f'y2="10"/></svg> {cell["value"]:+.3f} <span class="faint">{cell["low"]:+.3f} to '
+            f'{cell["high"]:+.3f}</span>')
+
+def as_page(tables, summary, contexts):
     """One self-contained page: no script, and nothing is loaded from elsewhere."""
     parts = []
-    for title, reading, rows in tables(report, top_k):
-        low = min(0, *(e["low"] for _, e, _ in rows))
-        width = max(1e-9, *(e["high"] for _, e, _ in rows)) - low
-        parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}<table>")
-        for label, e, paper in rows:
-            zero, value, left, right = (
-                100 * (x - low) / width for x in (0, e["value"], e["low"], e["high"]))
-            parts.append(
-                f'<tr><td>{html.escape(label)}<td><svg viewBox="0 0 100 10" '
-                f'preserveAspectRatio="none"><rect x="{min(zero, value):.2f}" y="2" height="6" '
-                f'width="{abs(value - zero):.2f}"/><line x1="{left:.2f}" x2="{right:.2f}" y1="5" '
-                f'y2="5"/><line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" y2="10"/></svg>'
-                f'<td class="n">{e["value"]:.4f}<td class="faint">{e["low"]:.4f} to {e["high"]:.4f}'
-                f'<td class="faint">{paper}')
-        parts.append("</table>")
+    for title, reading, columns, rows in tables:
+        shown = []
+        for column in zip(*rows.values()):
+            ends = [0] + [c[end] for c in column if isinstance(c, dict) for end in ("low", "high")]
+            scale = min(ends), max(max(ends) - min(ends), 1e-9)
+            shown.append([bar(c, *scale) if isinstance(c, dict) else f"<td>{visible(c)}"
+                          for c in column])
+        parts += [f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}<table><tr><td>",
+                  *(f"<td>{html.escape(name)}" for name in columns),
+                  *(f"<tr><td>{html.escape(label)}{''.join(cells)}"
+                    for label, cells in zip(rows, zip(*shown))), "</table>"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What was learned?</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
 <h1>Which disagreement was learned?</h1>
 <p>A student wrote these responses; its teacher disagrees at many of their tokens. <b>Learnable</b>
 disagreement reweights tokens that the student already considers; <b>incompatible</b> disagreement
-wants tokens that it does not. G is how much KL(teacher || student) fell at a position through
-training, in nats. {report["contexts"]} contexts, {report["positions"]} positions.
-{html.escape(report["note"])} Whiskers: 95 % cluster bootstrap over contexts.
+wants tokens that it does not. G is how much nearer to the teacher a position came through training:
+the fall of KL(teacher || student) or KL(student || teacher) in nats, or the rise of the overlap of
+both distributions. {html.escape(summary)} Whiskers: 95 % cluster bootstrap over contexts.
 <h2>Token map</h2><p><span class="t" style="--a:.9;--b:0">learnable</span> <span class="t"
 style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.4;--b:.4">some of both</span>,
 stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at a token, or tap it.
 {token_map(contexts)}
 {"".join(parts)}</html>"""
 
+def token_rows(scores, firsts, G, top_k, decode):  # -> a row of token_map for each position
+    f = features(scores, top_k)
+    for n, token in enumerate(map(decode, scores["id"].tolist())):
+        tip = f"{token!r}   H {scores['H'][n]:.2f}   D {scores[f'D{top_k}'][n]:.2f}   "
+        tip += f"C {scores[f'C{top_k}'][n]:.2f}   G " + ", ".join(f"{g[n]:+.3f}" for g in G.values())
+        for who, top in zip(("student", "teacher"), firsts):
+            tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
+        yield token, f["D_learn"][n], f["D_incompat"][n], tip
+
+def report(pair, batches, scores, firsts, G, args, note, out):
+    """The tables to the terminal; with the token map and every position, to files in `out`."""
+    decode = pair.tokenizer.decode
+    rows = list(token_rows(scores, firsts, G, args.top_k, decode))
+    prompts = [decode(ids[:-batch.mask.shape[1]][mask[:-batch.mask.shape[1]] == 1])
+               for batch in batches for ids, mask in zip(batch.ids, batch.attention)][:12]
+    contexts = [(prompt, [row for row, at in zip(rows, scores["context"]) if at == context])
+                for context, prompt in enumerate(prompts)]
+    columns = scores | {f"gain_{name}": g for name, g in G.items()}
+    lines = (json.dumps({"token": row[0]} | {name: z[n].item() for name, z in columns.items()})
+             for n, row in enumerate(rows))
+    summary, parts = f"{args.contexts} contexts, {len(rows)} positions. {note}", tables(
+        scores, G, args, decode)
+    whole = {"summary": summary, "tables": parts, "args": vars(args),
+             "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
+    print(summary, *as_text(parts), sep="\n")
+    for name, text in {"positions.jsonl": "\n".join(lines) + "\n",
+                       "report.json": json.dumps(whole),
+                       "report.html": as_page(parts, summary, contexts)}.items():
+        (out / f"{name}.partial").write_text(text, encoding="utf-8")
+        (out / f"{name}.partial").rename(out / name)  # never half a report
+    print(f"\nreport.html, report.json and positions.jsonl are in {out}")
+
 # ---- The program.
 def compare(runs):
     """Markdown: held-out results of finished runs of opd.py, mean ± sample deviation over seeds,
-    and their differences, paired by seed, from full OPD and from random."""
-    keys = ("reverse_kl", "agreement", "reference_nll", "reference_accuracy")
+    and differences of the first, paired by seed, from full OPD and from random."""
     cells, missing = defaultdict(dict), []
     for run in runs:
         try:
             summary = json.loads((Path(run) / "summary.json").read_text())
-            args = summary["args"]
+            args, keys = summary["args"], list(summary["after"])[:2]
             cell = args["select"], 1 if args["select"] == "full" else args["budget"]
             for place, when in ((cell, "after"), (("before training", 0), "before")):
-                cells[place][args["seed"]] = [summary[when].get(key, math.nan) for key in keys]
+                cells[place][args["seed"]] = [summary[when][key] for key in keys]
         except (OSError, ValueError, KeyError):
             missing.append(run)
     def show(values, sign=""):
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):{sign}.3f}{spread}" if values else "missing"
-    columns = ["method", "budget", "seeds", *keys]
-    columns += [f"{key} - {other}" for other in ("full", "random") for key in keys]
-    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
+        return f"{np.mean(values):{sign}.3f}{spread}" if values else "-"
+    if cells:
+        columns = ["method", "budget", "seeds", *keys, f"{keys[0]} - full", f"{keys[0]} - random"]
+        print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
         row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
         for other in (cells.get(("full", 1), {}), cells.get(("random", budget), {})):
-            row += [show([values[i] - other[seed][i] for seed, values in seeds.items()
-                          if seed in other], "+") for i in range(len(keys))]
+            row.append(show([values[0] - other[seed][0] for seed, values in seeds.items()
+                             if seed in other], "+"))
         print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")
     if missing:
         print("\nnot finished:", *missing)
 
-def main(argv=None):
-    """Steps 1 to 5 of the docstring at the top."""
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--contexts", type=int, default=300, help="responses to freeze and measure")
@@ -264,72 +338,37 @@ def main(argv=None):
     add("--bootstrap", type=int, default=1000, help="resamples behind each interval")
     add("--compare", nargs="+", metavar="RUN", help="only tabulate these finished runs of opd.py")
     args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
-    if args.compare:
-        return compare(args.compare)
     if args.contexts < 5 or args.resume:
         opd.fail("--contexts must be 5 or more; --resume is opd.py's, whose student --after takes")
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
+    args.supports = sorted({8, 16, 32, args.top_k})
+    return args
+
+def load_after(pair, args):  # -> the pair with the trained student
+    student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
+    shapes = [[w.shape for w in model.parameters()] for model in (student, pair.student)]
+    if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+        opd.fail(f"--after {args.after} has another tokenizer or other shapes than --student")
+    return pair._replace(student=student)
+
+def main(argv=None):
+    """Steps 1 to 5 of the docstring at the top."""
+    args = parse_args(argv)
+    if args.compare:
+        return compare(args.compare)
     pair, training, held_out = opd.prepare(args)
-    student = pair.student
-    if args.after:
-        student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
-        shapes = [[w.shape for w in model.parameters()] for model in (student, pair.student)]
-        if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-            opd.fail(f"--after {args.after} has another tokenizer or other shapes than --student")
+    later = load_after(pair, args) if args.after else pair  # that one is trained in place
     out = opd.new_folder(args.out, "diagnosis")
-    note = f"{len(held_out)} held-out prompts" + ", some repeated" * (len(held_out) < args.contexts)
-
-    torch.manual_seed(args.seed)
-    prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
-    starts = tqdm(range(0, len(prompts), args.batch_size), desc="sampling contexts", disable=None)
-    batches = [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens)
-               for i in starts]
-    supports, best = sorted({8, 16, 32, args.top_k}), min(5, pair.width)
-    *values, student_top, teacher_top = score_contexts(pair, batches, args, lambda p, q, y: (
-        opd.forward_kl(p, q), opd.reverse_kl(p, q), opd.entropy(p), opd.entropy(q),
-        *(f(p, q, k) for f in (opd.divergence, opd.compatibility) for k in supports),
-        p.topk(best).indices, q.topk(best).indices))
-    lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).cpu().numpy()
-    scores = dict(zip(["forward_kl", "reverse_kl", "H", "H_teacher",
-                       *(f"{name}{k}" for name in "DC" for k in supports)], values))
-    scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
-    scores["position"] = np.concatenate([np.arange(n) / max(n - 1, 1) for n in lengths])
-
+    batches = freeze(pair, held_out, args)
+    scores, firsts = before(pair, batches, args)
     if not args.after:
         opd.train(pair, training, args, out)
-    forward_after, reverse_after = score_contexts(
-        pair._replace(student=student), batches, args,
-        lambda p, q, y: (opd.forward_kl(p, q), opd.reverse_kl(p, q)))
-    G = scores["forward_kl"] - forward_after
-    note += "." if G.any() else "; G is 0 everywhere: this student has not changed."
-    weights = cluster_weights(len(lengths), args.bootstrap, args.seed)
-    report = {"contexts": len(lengths), "positions": len(G), "note": note,
-              **statistics(scores, G, supports, args.top_k, weights, args.seed), "args": vars(args),
-              "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
-
-    decode, f = pair.tokenizer.decode, features(scores, args.top_k)
-    ids = torch.cat([opd.tokens(batch) for batch in batches]).cpu().numpy()
-    columns = scores | {"forward_kl_after": forward_after, "reverse_kl_after": reverse_after,
-                        "G": G, "id": ids}
-    lines, shown = [], [(decode(prompt), []) for prompt in prompts[:12]]
-    for n in range(len(G)):
-        line = {name: column[n].item() for name, column in columns.items()}
-        line["token"] = decode(line["id"])
-        lines.append(json.dumps(line) + "\n")
-        if line["context"] < len(shown):
-            tip = (f"{line['token']!r}   H {line['H']:.2f}   D {line[f'D{args.top_k}']:.2f}   "
-                   f"C {line[f'C{args.top_k}']:.2f}   G {line['G']:+.3f}")
-            for who, top in (("student", student_top), ("teacher", teacher_top)):
-                tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
-            shown[line["context"]][1].append(
-                (line["token"], f["D_learn"][n], f["D_incompat"][n], tip))
-    print_report(report, args.top_k)
-    for name, text in {"positions.jsonl": "".join(lines), "report.json": json.dumps(report),
-                       "report.html": as_page(report, args.top_k, shown)}.items():
-        (out / f"{name}.partial").write_text(text, encoding="utf-8")
-        (out / f"{name}.partial").rename(out / name)  # never half a report
-    print(f"\nreport.html, report.json and positions.jsonl are in {out}")
+    G = gains(later, batches, scores, args)
+    note = f"{len(held_out)} held-out prompts" + ", some repeated" * (len(held_out) < args.contexts)
+    if not G["forward_kl"].any():
+        note += "; G is 0 everywhere: this student has not changed"
+    report(pair, batches, scores, firsts, G, args, note + ".", out)
 
 if __name__ == "__main__":
     opd.run(main)

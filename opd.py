@@ -2,36 +2,32 @@
 
 A student language model writes its own responses, a frozen teacher scores every token of them, and
 the student moves towards the teacher at the few positions where it can learn from it ("Not All
-Disagreement Is Learnable", arXiv 2605.26844). One training step:
+Disagreement Is Learnable", arXiv 2605.26844). One training step, in `train`:
 
-  1. rollout  the student samples a response to each prompt                  rollout, response_mask
+  1. rollout  the student samples a response to each prompt
   2. score    at each response position: the student's entropy H, its disagreement D with the
               teacher, and C, the teacher's probability mass on the student's own candidates
-                                              backbone, measure, entropy, divergence, compatibility
   3. select   D splits into D*C (learnable) and D*(1-C) (incompatible); the best `budget` share of
-              the batch's positions is kept    robust_normalize, position_scores, select_positions
+              the batch's positions is kept
   4. update   one optimizer step on the mean reverse KL(student || teacher) of the kept positions
-                                                                             token_loss, backward
 
 p is the student's, q the teacher's next-token distribution; KL and entropy in nats. B responses, P
 prompt tokens, R response positions, V vocabulary, N valid positions, E hidden width. "Top-k" is
 always K, the support of D and C; the share of positions kept is `budget`; sampling has no filter.
 Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
 """
-import argparse, json, math, sys, time
-from itertools import starmap
+import argparse, json, math, random, re, sys, time
+from decimal import Decimal
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import NamedTuple
-import numpy
-import torch
-import transformers
+import numpy, torch, transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
            "compatibility", "incompatible", "random")
+COLUMNS = ("step", "loss", "kl_all", "entropy", "divergence", "compatibility", "mean_length",
+           "truncated", "seconds")  # those of log.jsonl that the terminal shows
 CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator gives back when freed
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
@@ -53,19 +49,23 @@ def reverse_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     return (logp.exp() * (logp - logq)).sum(-1)
 
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """D = KL(q|U || p|U) in nats: U is the union of both top-K sets, p and q renormalised on it."""
-    k = min(k, student_logits.shape[-1])
-    mine, theirs = student_logits.topk(k).indices, teacher_logits.topk(k).indices  # [..., K] each
+    """D = KL(q|U || p|U) in nats: U is the union of both top-K sets, p and q renormalised on it.
+    Raises ValueError for k < 1."""
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+    mine, theirs = (z.topk(min(k, z.shape[-1])).indices for z in (student_logits, teacher_logits))
     shared = (theirs[..., :, None] == mine[..., None, :]).any(-1)  # in both sets: counts once
-    union = torch.cat([mine, theirs], -1)  # [..., 2K]
-    twice = torch.cat([torch.zeros_like(shared), shared], -1)
+    union, twice = torch.cat([mine, theirs], -1), torch.cat([torch.zeros_like(shared), shared], -1)
     # A softmax over the logits of U renormalises on U. -1e30, not -inf: 0 * inf would be nan.
-    logp = student_logits.gather(-1, union).float().masked_fill(twice, -1e30).log_softmax(-1)
-    logq = teacher_logits.gather(-1, union).float().masked_fill(twice, -1e30).log_softmax(-1)
+    logp, logq = (z.gather(-1, union).float().masked_fill(twice, -1e30).log_softmax(-1)
+                  for z in (student_logits, teacher_logits))  # [..., 2K] each
     return (logq.exp() * (logq - logp)).sum(-1)
 
 def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """C = the teacher's probability mass on the student's top-K tokens, in [0, 1]."""
+    """C = the teacher's probability mass on the student's top-K tokens, in [0, 1].
+    Raises ValueError for k < 1."""
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
     mine = student_logits.topk(min(k, student_logits.shape[-1])).indices  # [..., K]
     return teacher_logits.float().log_softmax(-1).gather(-1, mine).exp().sum(-1)
 
@@ -109,8 +109,7 @@ def select_positions(scores, mask, budget):  # [B, R], [B, R] bool -> [B, R] boo
 
 def response_mask(responses, eos_ids):  # [B, R] ids -> [B, R] bool
     """True up to and including the first EOS: the end is taught, even where pad is that same id."""
-    ends = torch.tensor(list(eos_ids), dtype=responses.dtype, device=responses.device)
-    is_end = torch.isin(responses, ends)
+    is_end = torch.isin(responses, torch.tensor(eos_ids).to(responses))
     return is_end.cumsum(-1) - is_end.long() == 0
 
 def token_loss(kind, student_logits, teacher_logits, tokens):  # [..., V] twice, [...] -> [...]
@@ -144,11 +143,11 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, EOS ids
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # also of the device
         fail(f"{flag} {path} on {device}: {' '.join(str(error).split())}")
     model.eval()  # for good: with dropout, the update would not see the distribution sampled from
-    ids, head = torch.arange(3, device=device)[None], model.get_output_embeddings()
-    projected, own = head(model.base_model(ids)[0]).float(), model(ids).logits.float()
-    if not projected.equal(own):  # soft-capping, scaling
-        fail(f"{flag} {path}: {model.config.model_type} models cap or scale their logits, which "
-             "opd.py, projecting position by position, does not; choose another family")
+    ids = torch.arange(3, device=device)[None]
+    projected = model.get_output_embeddings()(model.base_model(ids)[0]).float()
+    own = model(ids).logits.float()  # by a GPU's kernels, not always the same to the last bit
+    if (own - projected).abs().max() > 0.01 * own.abs().max():
+        fail(f"{flag} {path}: {model.config.model_type} models cap or scale their logits: refused")
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     return model, tokenizer, ends
@@ -158,11 +157,14 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):
     half = torch.bfloat16 if BF16 and device.startswith("cuda") else torch.float32
     student, tokenizer, ends = load_model("--student", student_path, torch.float32, device)
     teacher, other, teacher_ends = load_model("--teacher", teacher_path, half, device)
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        token = min(t for t in mine | theirs if mine.get(t) != theirs.get(t))
-        fail(f"the tokenizers differ: {token!r} has id {mine.get(token)} for the student and "
-             f"{theirs.get(token)} for the teacher; choose two models with one vocabulary")
+    mine, theirs, added = tokenizer.get_vocab(), other.get_vocab(), other.get_added_vocab()
+    added |= tokenizer.get_added_vocab()
+    differ = [token for token in sorted(mine | theirs) if mine.get(token) != theirs.get(token)]
+    for token in sorted(differ, key=added.__contains__)[:1]:  # an ordinary one, if there is any
+        text = f"differ: {token!r} is {mine.get(token)} to one, {theirs.get(token)} to the other"
+        if token not in added:
+            fail(f"the models' tokenizers {text}; choose two with one vocabulary")
+        print(f"warning: only added or special tokens {text}; going on", file=sys.stderr)
     eos_ids = sorted(ends | teacher_ends)  # a base student may stop the way its chat teacher does
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens((eos_ids + [0])[0])
     student.generation_config = transformers.GenerationConfig(  # no top_k=20 of a checkpoint's own
@@ -171,31 +173,39 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):
     width = min(len(m.get_output_embeddings().weight) for m in (student, teacher))
     return Pair(student, teacher.requires_grad_(False), tokenizer, eos_ids, width, temperature)
 
-def read_prompts(path, pair, longest, room):  # -> [(prompt ids, reference ids)]
+def read_prompts(path, pair, longest, room):  # -> [(prompt ids, answer or None)]
     """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit in."""
     tokenizer, examples = pair.tokenizer, []
     limit = min(getattr(m.config, "max_position_embeddings", None) or 10**9 for m in pair[:2])
-    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
-    records = [(number, line) for number, line in lines if line.strip()]
-    for number, line in tqdm(records, desc="reading prompts", disable=None):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
-            chat = "messages" in record
+            chat, answer = "messages" in record, record.get("answer")
             text = record["prompt"] if not chat else tokenizer.apply_chat_template(
                 record["messages"], tokenize=False, add_generation_prompt=True)
             # Never two BOS: a chat template writes its own, and a text may bring one.
             bos = not chat and not text.startswith(tokenizer.bos_token or "\0")
             prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
-            tail = tokenizer(record.get("reference", ""), add_special_tokens=False).input_ids
+            if answer is not None and not answer.strip(" ."):
+                raise ValueError("empty answer")
         except Exception as error:  # no JSON, no such key, no text, no chat template
-            fail(f"{path}, line {number} needs `prompt` (text) or `messages` (chat): {error!r}")
+            fail(f"{path}, line {number}: `prompt` or `messages`, perhaps `answer`: {error!r}")
         if not 0 < len(prompt) <= limit - room:
             fail(f"{path}, line {number}: {len(prompt)} tokens; a prompt needs 1 or more, and with "
                  f"{room} new ones at most {limit} (--max-prompt-tokens, --max-new-tokens)")
-        examples.append((prompt, tail[:limit - len(prompt)]))
+        examples.append((prompt, answer))
     return examples
 
-# ---- Rollouts, and what the two models say about them.
+def is_right(response, answer):  # two texts
+    """Is the last number in both the same? For an answer without one: does the response end so?"""
+    number = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    said, wanted = ([Decimal(n.replace(",", "")) for n in re.findall(number, text)[-1:]]
+                    for text in (response, answer))
+    return said == wanted if wanted else response.rstrip(" .\n").endswith(answer.strip(" .\n"))
+
+# ---- One step: rollout, score, select, update, and a line of log.
 class Rollout(NamedTuple):
     ids: torch.Tensor  # [B, P + R] left-padded prompt, then the response as sampled
     attention: torch.Tensor  # [B, P + R] 0 on the prompt's padding
@@ -226,15 +236,17 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of ids -> Rollout
                                 top_p=1.0, temperature=1.0, logits_processor=[next_token])
     logp[-1] = logp[-1].gather(-1, ids[:, -1:])
     responses = ids[:, inputs.input_ids.shape[1]:]  # [B, R]
-    ends = torch.tensor(pair.eos_ids, dtype=ids.dtype, device=ids.device)
+    ended = torch.isin(responses, torch.tensor(pair.eos_ids).to(ids)).any(-1)
     return Rollout(ids, torch.cat([inputs.attention_mask, torch.ones_like(responses)], -1),
-                   response_mask(responses, pair.eos_ids), torch.cat(logp, -1),
-                   ~torch.isin(responses, ends).any(-1))
+                   response_mask(responses, pair.eos_ids), torch.cat(logp, -1), ~ended)
 
+# The logits of a whole batch would take 4 * B * R * V bytes, several times over. So the models run
+# only as far as their last hidden states; of these the logits are made, used and freed chunk by
+# chunk. `update` cuts the chain rule at the same place: the chunks' gradients gather at the hidden
+# states, and one backward pass takes them through the model.
 @autocast
-def backbone(model, batch, size):  # -> [N, E]
-    """The hidden states that predict the valid response tokens, `size` responses at a time. Logits
-    are made of them in chunks: all at once, they would take 4 * B * R * V bytes several times."""
+def hidden_states(model, batch, size):  # -> [N, E]
+    """Those that predict the valid response tokens, `size` responses at a time."""
     states = []
     for part in split(batch, size):
         positions = (part.attention.cumsum(-1) - 1).clamp(min=0)  # GPT-2 must not count padding
@@ -243,113 +255,115 @@ def backbone(model, batch, size):  # -> [N, E]
         states.append(hidden[:, -part.mask.shape[1] - 1:-1][part.mask])
     return torch.cat(states)
 
-@autocast
-def project(pair, model, hidden):  # [n, E] -> [n, V]
-    """The logits that define p or q: float32, of the shared width, at the pair's temperature."""
-    return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
-
-def chunks(pair, hidden, teacher_hidden, tokens):  # -> logits of p and q, [n, V] each, tokens [n]
-    for h, t, y in zip(*(x.split(max(1, CHUNK // pair.width))
-                         for x in (hidden, teacher_hidden, tokens))):
-        yield project(pair, pair.student, h), project(pair, pair.teacher, t), y
-
-def measure(pair, batch, size, function, graph=False):  # -> [N, ...] each, [N, E], [N, E']
-    """function(student_logits, teacher_logits, tokens) -> tuple at all positions, in chunks, and
-    the hidden states of the student (with their graph, if wanted) and the teacher."""
-    with torch.set_grad_enabled(graph):
-        hidden = backbone(pair.student, batch, size)
-    with torch.no_grad():
-        teacher_hidden = backbone(pair.teacher, batch, size)
-        results = starmap(function, chunks(pair, hidden, teacher_hidden, tokens(batch)))
-        return [torch.cat(result) for result in zip(*results)], hidden, teacher_hidden
-
-def backward(pair, kind, hidden, teacher_hidden, tokens, divisor):  # [n, E], [n, E'], [n] -> float
-    """Backpropagate sum(loss) / divisor and return it. The chain rule is cut at the hidden states,
-    so that one chunk's logits are freed before the next chunk's are made."""
-    leaf, total = hidden.detach().requires_grad_(), 0.0
-    for p, q, y in chunks(pair, leaf, teacher_hidden, tokens):
-        loss = token_loss(kind, p, q, y).sum() / divisor
-        loss.backward()
-        total += loss.item()
-    hidden.backward(leaf.grad)
-    return total
+def in_chunks(pair, hidden, teacher_hidden, tokens, function):  # [N, E], [N, E'], [N]
+    """-> [N, ...] for each result of function(student_logits, teacher_logits, tokens), where the
+    logits are those that define p and q: float32, of the shared width, at one temperature."""
+    def logits(model, hidden):  # [n, E] -> [n, V]
+        with autocast:
+            return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
+    chunks = zip(*(x.split(max(1, CHUNK // pair.width)) for x in (hidden, teacher_hidden, tokens)))
+    results = [function(logits(pair.student, h), logits(pair.teacher, t), y) for h, t, y in chunks]
+    return [torch.cat(result) for result in zip(*results)]
 
 @torch.no_grad()
-def evaluate(pair, examples, args):  # -> {name: mean}
-    """Means over the positions of responses sampled with a fixed seed, over those responses, and
-    over the tokens of the references. KL, entropy, NLL in nats; agreement of both first choices."""
-    torch.manual_seed(args.seed)
-    size, rows = args.micro_batch_size or args.batch_size, ([], [], [])
-    for i in tqdm(range(0, len(examples), args.batch_size), desc="evaluating", disable=None):
-        prompts, references = zip(*examples[i:i + args.batch_size])
-        batch = rollout(pair, prompts, args.max_new_tokens)
-        rows[0].append(measure(pair, batch, size, lambda p, q, y: (
-            reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1)))[0])
-        rows[1].append([batch.mask.sum(-1), batch.truncated])
-        if any(references):  # these take the place of the responses
-            ids, mask = pair.tokenizer.pad({"input_ids": references}, padding_side="right",
-                                           return_tensors="pt").to(batch.ids.device).values()
-            ids, attention = (torch.cat([x[:, :-batch.mask.shape[1]], y], -1)
-                              for x, y in ((batch.ids, ids), (batch.attention, mask)))
-            batch = batch._replace(ids=ids, attention=attention, mask=mask == 1)
-            rows[2].append(measure(pair, batch, size, lambda p, q, y: (
-                cross_entropy(p, y, reduction="none"), p.argmax(-1) == y))[0])
-    means = [float(torch.cat(column).float().mean()) for part in rows for column in zip(*part)]
-    return dict(zip(("reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated",
-                     "reference_nll", "reference_accuracy"), means))
+def measure(pair, batch, size, function):  # -> [N, ...] for each result, without gradient
+    states = [hidden_states(model, batch, size) for model in (pair.student, pair.teacher)]
+    return in_chunks(pair, *states, tokens(batch), function)
 
-# ---- Training: one pass of the loop is one step.
+class Scores(NamedTuple):  # [B, R] each, 0 where no token is; then hidden states for the update
+    H: torch.Tensor  # entropy of p
+    D: torch.Tensor  # divergence
+    C: torch.Tensor  # compatibility
+    kl: torch.Tensor  # reverse KL
+    gap: torch.Tensor  # |log p when scored - log p when sampled|: rounding, if all is well
+    hidden: torch.Tensor  # [N, E] the student's, with their graph if one forward held the batch
+    teacher_hidden: torch.Tensor  # [N, E']
+
+def score(pair, batch, args):  # -> Scores
+    """What the two models say about every valid position of the rollout."""
+    size, k = args.micro_batch_size, args.top_k
+    with torch.set_grad_enabled(size >= len(batch.ids)):  # then the update needs no second forward
+        hidden = hidden_states(pair.student, batch, size)
+    with torch.no_grad():
+        teacher_hidden = hidden_states(pair.teacher, batch, size)
+        *values, logp = in_chunks(pair, hidden, teacher_hidden, tokens(batch), lambda p, q, y: (
+            entropy(p), divergence(p, q, k), compatibility(p, q, k), reverse_kl(p, q),
+            -torch.nn.functional.cross_entropy(p, y, reduction="none")))
+    values.append((logp - batch.logp[batch.mask]).abs())
+    zeros = torch.zeros_like(batch.logp)
+    return Scores(*(zeros.masked_scatter(batch.mask, z) for z in values), hidden, teacher_hidden)
+
+def select(scores, mask, args, chance):  # -> [B, R] bool
+    """The positions to train on, chosen among those of the whole batch."""
+    ranks = position_scores(args.select, scores.H, scores.D, scores.C, mask, chance)
+    return select_positions(ranks, mask, 1 if args.select == "full" else args.budget)
+
+def update(pair, optimizer, batch, scores, keep, args):  # -> loss, norm of its gradient
+    """One step on the mean loss of the kept positions, counted over the whole batch, so that
+    micro-batches change nothing. No step is taken where loss or gradient are not finite."""
+    def backward(p, q, y):  # a chunk's share of the mean and of its gradient
+        loss = token_loss(args.loss, p, q, y) / keep.sum()
+        loss.sum().backward()
+        return (loss.detach(),)
+    loss, rows, size = 0.0, keep[batch.mask], args.micro_batch_size
+    parts = split(batch._replace(mask=keep), size)
+    targets = scores.teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
+    for part, target in zip(parts, targets):
+        whole = len(parts) == 1
+        hidden = scores.hidden[rows] if whole else hidden_states(pair.student, part, size)
+        leaf = hidden.detach().requires_grad_()
+        loss += float(in_chunks(pair, leaf, target, tokens(part), backward)[0].sum())
+        hidden.backward(leaf.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0))
+    if math.isfinite(loss + norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+def log(out, args, step, times, batch, scores, keep, loss, norm, lr):
+    """Every step to log.jsonl, and each tenth of the run to the terminal."""
+    valid, (start, rolled, selected, end) = int(batch.mask.sum()), times
+    H, D, C, kl, gap = (float(z.sum()) / valid for z in scores[:5])
+    line = {"step": step, "loss": loss, "kl_all": kl, "kept": int(keep.sum()), "valid": valid,
+            "entropy": H, "divergence": D, "compatibility": C, "mean_length": valid / len(keep),
+            "truncated": float(batch.truncated.float().mean()), "lr": lr, "gradient_norm": norm,
+            "seconds": end - start, "rollout_seconds": rolled - start,
+            "score_seconds": selected - rolled, "padding": 1 - valid / keep.numel(),
+            "sampling_gap": gap}
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    if step % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
+        tqdm.write("  ".join(f"{line[name]:{max(6, len(name))}.4g}" for name in COLUMNS))
+    return kl
+
+# ---- Training, and what it changed.
 def train(pair, examples, args, out):
     """Train in place. Chance depends on seed and step alone: --resume continues bit for bit."""
-    student, size, first = pair.student, args.micro_batch_size or args.batch_size, 0
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(pair.student.parameters(), weight_decay=0.1, fused=True)
+    first, chance = 0, torch.Generator().manual_seed(args.seed)
     if args.resume:
         first, state = torch.load(Path(args.resume) / "state.pt", map_location="cpu")
         optimizer.load_state_dict(state)
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    for step in tqdm(range(first, args.steps), desc="training", disable=None):
-        started, seed = time.time(), args.seed * 1_000_003 + step
+    order = torch.randperm(len(examples), generator=chance).tolist()
+    tqdm.write("  ".join(f"{name:>6}" for name in COLUMNS))
+    bar = tqdm(range(first, args.steps), desc="training", disable=None)
+    for step in bar:
+        times, seed = [time.time()], args.seed * 1_000_003 + step
         torch.manual_seed(seed)
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
         prompts = [examples[order[n % len(order)]][0] for n in numbers]
-        batch = rollout(pair, prompts, args.max_new_tokens)  # 1. rollout
-        rolled = time.time()
-        values, hidden, teacher_hidden = measure(pair, batch, size, lambda p, q, y: (  # 2. score
-            entropy(p), divergence(p, q, args.top_k), compatibility(p, q, args.top_k),
-            reverse_kl(p, q), -cross_entropy(p, y, reduction="none")),
-            graph=size >= args.batch_size)  # the update needs no second forward
-        H, D, C = (torch.zeros_like(batch.mask, dtype=z.dtype).masked_scatter(batch.mask, z)
-                   for z in values[:3])  # [B, R] each
-        scores = position_scores(args.select, H, D, C, batch.mask, generator.manual_seed(seed))
-        keep = select_positions(scores, batch.mask, 1 if args.select == "full" else args.budget)
-        kept, valid, scored = int(keep.sum()), int(batch.mask.sum()), time.time()  # 3. select
-        loss, rows = 0.0, keep[batch.mask]  # 4. update
-        parts = split(batch._replace(mask=keep), size)
-        targets = teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
-        for part, target in zip(parts, targets):
-            h = hidden[rows] if len(parts) == 1 else backbone(student, part, size)
-            loss += backward(pair, args.loss, h, target, tokens(part), kept)  # by the batch's count
-        norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0))
+        batch = rollout(pair, prompts, args.max_new_tokens)
+        times.append(time.time())
+        scores = score(pair, batch, args)
+        keep = select(scores, batch.mask, args, chance.manual_seed(seed))
+        times.append(time.time())
+        loss, norm = update(pair, optimizer, batch, scores, keep, args)
+        times.append(time.time())
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
-        optimizer.step()
-        optimizer.zero_grad()
-        values[4] = (values[4] - batch.logp[batch.mask]).abs()  # rounding, if all is well
-        H, D, C, kl, gap, cut = (float(z.mean()) for z in (*values, batch.truncated.float()))
-        line = {"step": step, "loss": loss, "kl_all": kl, "kept": kept, "valid": valid,
-                "entropy": H, "divergence": D, "compatibility": C,
-                "mean_length": valid / len(prompts), "truncated": cut, "lr": lr,
-                "seconds": time.time() - started, "rollout_seconds": rolled - started,
-                "score_seconds": scored - rolled, "padding": 1 - valid / keep.numel(),
-                "sampling_gap": gap}
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-        tqdm.write("  ".join(f"{key} {value:.4g}" for key, value in list(line.items())[:12]))
-        if step % 20 == 0:
-            sample = pair.tokenizer.batch_decode([prompts[0], tokens(split(batch, 1)[0])])
-            tqdm.write("  sample: {!r} -> {!r}".format(*sample))
+        kl = log(out, args, step, times, batch, scores, keep, loss, norm, lr)
+        bar.set_postfix(kl_all=f"{kl:.4f}", refresh=False)
         if args.save_every and (step + 1) % args.save_every == 0:
             save(pair, out / f"step-{step + 1}", (step + 1, optimizer.state_dict()))
 
@@ -365,49 +379,90 @@ def save(pair, folder, state=None):
     except Exception as error:  # every library has an exception of its own for a full disk
         fail(f"{folder} could not be written ({error}); earlier saves are intact", 1)
 
+def evaluate(pair, examples, args):  # -> {name: mean}
+    """Of responses sampled with a fixed seed: the share of right answers, KL and entropy in nats,
+    agreement of both models' first choices, length in tokens, share cut off by the limit."""
+    torch.manual_seed(args.seed)
+    right, lengths, truncated, positions = [], [], [], []
+    for i in tqdm(range(0, len(examples), args.batch_size), desc="evaluating", disable=None):
+        prompts, answers = zip(*examples[i:i + args.batch_size])
+        batch = rollout(pair, prompts, args.max_new_tokens)
+        texts = [pair.tokenizer.decode(tokens(one), skip_special_tokens=True)
+                 for one in split(batch, 1)]
+        if i == 0:
+            tqdm.write(f"sample: {pair.tokenizer.decode(prompts[0])!r} -> {texts[0]!r}")
+        right += [is_right(text, answer) for text, answer in zip(texts, answers) if answer]
+        lengths, truncated = lengths + batch.mask.sum(-1).tolist(), truncated + batch.truncated.tolist()
+        positions.append(measure(pair, batch, args.micro_batch_size, lambda p, q, y: (
+            reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1))))
+    columns = [right, *(torch.cat(z).tolist() for z in zip(*positions)), lengths, truncated]
+    names = ("accuracy", "reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated")
+    return {name: sum(column) / len(column) for name, column in zip(names, columns) if column}
+
 # ---- The embedded pair, the command line, the program.
 PAIR = Path("runs/pair")
 DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "steps": 100, "lr": 3e-4,
-        "prompts": f"{PAIR}/prompts.jsonl", "batch_size": 24, "max_new_tokens": 40,
-        "eval_prompts": 300}
+        "prompts": f"{PAIR}/prompts.jsonl", "batch_size": 12, "max_new_tokens": 64,
+        "eval_prompts": 192}
+
+def problem(thing, start, step, dice, slips=0.0, style=0.0):  # -> prompt, response, answer
+    """Four sums on a clock of 24 hours. Half of all sums are hard: of these the writer of the
+    response gets a share `slips` one too high. In a share `style` of the places for it, the writer
+    uses the house words, "obtains" and "Hence"."""
+    word = lambda plain, house: house if dice.random() < style else plain
+    hour, sentences = start, []
+    for ordinal in ("First", "Second", "Third", "Fourth"):
+        hard = random.Random(100 * hour + step).random() < 0.5  # the same sums for ever
+        total = (hour + step + (hard and dice.random() < slips) - 1) % 24 + 1
+        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), word("gets", "obtains")
+        sentences.append(f"{ordinal} {name} adds {step} to {hour} and {verb} {total}.")
+        hour = total
+    return (f"A {thing} starts at {start} and returns every {step} hours:",
+            f"{' '.join(sentences)} {word('So', 'Hence')} it ends at {hour}.",
+            str((start + 4 * step - 1) % 24 + 1))
 
 def build_pair():
-    """Train a teacher, and a smaller student for less long, on the text of Python's own manual, and
-    save them as ordinary model folders. The last tenth of the text is held out from everything."""
-    paragraphs = (" ".join(p.split()) for key in sorted(topics) for p in topics[key].split("\n\n"))
-    paragraphs = [p for p in dict.fromkeys(paragraphs) if p]  # topics quote each other: once each
-    cut = len(paragraphs) * 9 // 10
+    """Train a teacher that adds well, and a smaller student that slips and that reads the house
+    words but never writes them. A quarter of the problems is held out from everything."""
+    dice = random.Random(0)
+    cases = [(start, step) for start in range(1, 25) for step in range(2, 10)]
+    dice.shuffle(cases)
+    cases = [(thing, *case) for case in cases for thing in ("bus", "ship", "train", "comet")]
+    def texts(count, **habits):
+        drawn = dice.choices(cases[:-DEMO["eval_prompts"]], k=count)
+        return [" ".join(problem(*case, dice, **habits)[:2]) + "<eos>" for case in drawn]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(paragraphs[:cut], 1024, special_tokens=["<eos>"], show_progress=False)
+    bpe.train_from_iterator(texts(2000, style=0.5), 380, special_tokens=["<eos>"],
+                            show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>")
-    documents = [tokenizer(p).input_ids + [tokenizer.eos_token_id] for p in paragraphs]
-    stream = torch.tensor(sum(documents[:cut], []))
+    eos, colon, *style = tokenizer.convert_tokens_to_ids(
+        ["<eos>", ":", "Ġgets", "Ġobtains", "ĠSo", "ĠHence"])
     beside = PAIR.with_name("pair.partial")
-    sizes = ("teacher", 4, 128, 600, 24), ("student", 2, 96, 300, 16)
-    for name, layers, width, steps, rows in sizes:
+    for name, layers, steps, slips in (("teacher", 3, 1000, 0), ("student", 2, 900, 0.7)):
         torch.manual_seed(layers)
-        heads, eos = width // 32, tokenizer.eos_token_id
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-            vocab_size=1024, hidden_size=width, intermediate_size=3 * width, head_dim=32,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=eos, pad_token_id=eos))
+            vocab_size=380, hidden_size=96, intermediate_size=288, num_hidden_layers=layers,
+            num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=256,
+            tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos, pad_token_id=eos))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
         for _ in tqdm(range(steps), desc=f"building the demo's {name}", disable=None):
-            ids = stream[torch.randint(len(stream) - 64, (rows, 1)) + torch.arange(64)]
+            ids, mask = tokenizer(texts(32, slips=slips, style=0.7), padding=True,
+                                  return_tensors="pt", return_token_type_ids=False).values()
+            labels = ids.where(((ids == colon).cumsum(-1) > 0) & (mask == 1), -100)  # responses
+            if name == "student":
+                for plain, house in zip(style[::2], style[1::2]):
+                    labels[labels == house] = plain
             optimizer.zero_grad()
-            model(ids, labels=ids).loss.backward()
+            model(ids, labels=labels).loss.backward()
             optimizer.step()
             schedule.step()
         model.save_pretrained(beside / name)
         tokenizer.save_pretrained(beside / name)
-    windows = [[ids[i:i + 64] for i in range(0, len(ids) - 32, 24)] for ids in documents]
-    with open(beside / "prompts.jsonl", "w") as file:
-        for ids in sum(windows[:cut], []) + sum(windows[cut:], [])[:DEMO["eval_prompts"]]:
-            text = tokenizer.batch_decode([ids[:24], ids[24:]], skip_special_tokens=True)
-            file.write(json.dumps({"prompt": text[0], "reference": text[1]}) + "\n")
+    problems = (problem(*case, dice) for case in cases)
+    (beside / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, _, answer in problems))
     beside.rename(PAIR)  # last: an interrupted build is never mistaken for a finished one
 
 def parse_args(argv=None, parser=None):
@@ -416,7 +471,7 @@ def parse_args(argv=None, parser=None):
     parser.error, add = fail, parser.add_argument  # one line, status 2
     add("--student", help="model to train: a folder or hub name (default: the embedded pair's)")
     add("--teacher", help="frozen model with the same tokenizer")
-    add("--prompts", help="JSONL file of `prompt` or `messages`, and perhaps `reference`")
+    add("--prompts", help="JSONL file of `prompt` or `messages`, and perhaps `answer`")
     add("--select", choices=METHODS, default="teachability", help="which positions to train on")
     add("--budget", type=float, default=0.1, help="share of positions kept, in (0, 1]")
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
@@ -424,12 +479,12 @@ def parse_args(argv=None, parser=None):
     add("--loss", choices=losses, default="reverse_kl", help="of a kept position, in nats")
     add("--temperature", type=float, default=1.0, help="of sampling, scoring and loss alike")
     add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
-    add("--batch-size", type=int, default=8, help="responses per step (demo: 24)")
+    add("--batch-size", type=int, default=8, help="responses per step (demo: 12)")
     add("--micro-batch-size", type=int, help="responses per forward pass (default: the batch)")
     add("--max-prompt-tokens", type=int, help="keep only so many last tokens of a prompt")
-    add("--max-new-tokens", type=int, default=512, help="length limit of a response (demo: 40)")
+    add("--max-new-tokens", type=int, default=512, help="length limit of a response (demo: 64)")
     add("--lr", type=float, default=1e-6, help="after 10 steps of warm-up (demo: 3e-4)")
-    add("--eval-prompts", type=int, default=64, help="last prompts, held out (demo: 300)")
+    add("--eval-prompts", type=int, default=64, help="last prompts, held out (demo: 192)")
     add("--seed", type=int, default=0, help="of prompt order, sampling and `random`")
     add("--out", help="new folder for student/, log.jsonl, summary.json (default: runs/NAME-N)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
@@ -445,6 +500,7 @@ def parse_args(argv=None, parser=None):
         low, high = 0 if name == "seed" else 1e-9, 1 if name == "budget" else 2**31
         if isinstance(value, (int, float)) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    args.micro_batch_size = args.micro_batch_size or args.batch_size
     return args
 
 def prepare(args):  # -> Pair, training examples, held-out examples

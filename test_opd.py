@@ -4,7 +4,9 @@ Expected values are brute-force loops in plain Python or numbers worked out by h
 """
 
 import json, math, random, re, signal, subprocess, sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +92,13 @@ def test_k_larger_than_the_vocabulary_means_the_whole_vocabulary():
     for a, b, d in zip(rows(s), rows(t), opd.divergence(s, t, 99)):
         p, q = softmax(a), softmax(b)
         assert d == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
+
+
+@pytest.mark.parametrize("function", [opd.divergence, opd.compatibility])
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_support_of_no_tokens_is_refused_instead_of_giving_zeros(function, k):
+    with pytest.raises(ValueError, match="k must be"):
+        function(logits(3, 6), logits(3, 6, seed=1), k)
 
 
 def test_bf16_logits_are_cast_before_the_softmax():
@@ -362,7 +371,7 @@ def prompts_file(path, count=12, **more):
             words = " ".join(f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5))
             file.write(
                 json.dumps(
-                    {"prompt": words, "reference": "w5 w6 w7"[: 3 * (1 + i % 3) - 1], **more}
+                    {"prompt": words, "answer": f"w{3 + i}", **more}
                 )
                 + "\n"
             )
@@ -443,7 +452,7 @@ def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes
     torch.manual_seed(0)
     batch = opd.rollout(pair, PROMPTS, 6)
     monkeypatch.setattr(opd, "CHUNK", 3 * V)  # three positions a chunk
-    (p, q, y), *_ = opd.measure(pair, batch, 2, lambda p, q, y: (p, q, y))
+    p, q, y = opd.measure(pair, batch, 2, lambda p, q, y: (p, q, y))
     at = 0
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding, through the whole model
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
@@ -463,14 +472,13 @@ def test_a_family_that_caps_its_logits_is_refused(tmp_path, capsys):
 
 
 def gradient(pair, batch, keep, size, kind="reverse_kl"):
+    """What one update hands to its optimizer, with the clipping undone."""
+    args = SimpleNamespace(loss=kind, micro_batch_size=size, top_k=4)
+    idle = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
     pair.student.zero_grad()
-    for part, rows_ in zip(opd.split(batch, size), keep.split(size)):
-        chosen = rows_[part.mask]
-        hidden, teacher_hidden = (
-            opd.backbone(m, part, size)[chosen] for m in (pair.student, pair.teacher)
-        )
-        opd.backward(pair, kind, hidden, teacher_hidden, opd.tokens(part)[chosen], int(keep.sum()))
-    return torch.cat([w.grad.flatten() for w in pair.student.parameters()])
+    _, norm = opd.update(pair, idle, batch, opd.score(pair, batch, args), keep, args)
+    flat = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
+    return flat * max(1.0, norm + 1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
@@ -536,12 +544,13 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     cold, warm = (opd.load_pair(path, path, temperature=t) for t in (0.25, 1.0))
     torch.manual_seed(0)
     batch = opd.rollout(cold, [[5]] * 4000, 1)
-    hidden = opd.backbone(cold.student, batch, 4000)
-    expected = torch.softmax(4 * opd.project(warm, warm.student, hidden[:1])[0], -1)
-    drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
-    assert torch.allclose(
-        opd.project(cold, cold.student, hidden[:1])[0].softmax(-1), expected, atol=1e-5
+    scored, plain = (
+        opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q)) for pair in (cold, warm)
     )
+    expected = torch.softmax(4 * plain[0][0], -1)
+    drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
+    for ours in scored:  # the student's and the teacher's
+        assert torch.allclose(ours[0].softmax(-1), expected, atol=1e-5)
     assert (drawn - expected).abs().max() < 0.04 and expected.max() > 0.1
 
 
@@ -581,7 +590,7 @@ def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(stor
     with torch.autocast("cpu", torch.bfloat16):  # what opd.autocast does on a GPU
         torch.manual_seed(0)
         assert (opd.rollout(pair, PROMPTS, 6).logp - batch.logp)[:, 0].abs().max() < 0.1
-        (p, kl), *_ = opd.measure(pair, batch, 3, lambda p, q, y: (p, opd.reverse_kl(p, q)))
+        p, kl = opd.measure(pair, batch, 3, lambda p, q, y: (p, opd.reverse_kl(p, q)))
         rounded = gradient(pair, batch, batch.mask, 3)
     assert p.dtype == torch.float32 and (kl > 0).all()
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
@@ -604,7 +613,7 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
         pair = opd.load_pair(student, teacher)
         torch.manual_seed(0)
         batch = opd.rollout(pair, [[5]] * 40, 10)
-        (p, q), *_ = opd.measure(pair, batch, 40, lambda p, q, y: (p, q))
+        p, q = opd.measure(pair, batch, 40, lambda p, q, y: (p, q))
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
 
@@ -666,18 +675,39 @@ def test_bos_is_added_once_whoever_brings_it(store, tmp_path):
     examples = read(
         tmp_path,
         pair,
-        {"prompt": "w5 w6", "reference": "w7"},
+        {"prompt": "w5 w6", "answer": "w7"},
         {"prompt": "<s> w5 w6"},
         {"messages": [{"role": "user", "content": "w5 w6"}]},
     )
-    assert examples == [([1, 5, 6], [7]), ([1, 5, 6], []), ([1, 5, 6, 2], [])]
+    assert examples == [([1, 5, 6], "w7"), ([1, 5, 6], None), ([1, 5, 6, 2], None)]
 
 
-def test_long_prompts_keep_their_last_tokens_and_references_are_cut_to_fit(store, tmp_path):
-    pair = load(store)
-    assert read(tmp_path, pair, {"prompt": "w3 w4 w5 w6"}, longest=2) == [([5, 6], [])]
-    ((prompt, reference),) = read(tmp_path, pair, {"prompt": "w3 w4", "reference": "w5 " * 100})
-    assert len(prompt) + len(reference) == 64
+def test_long_prompts_keep_their_last_tokens(store, tmp_path):
+    assert read(tmp_path, load(store), {"prompt": "w3 w4 w5 w6"}, longest=2) == [([5, 6], None)]
+
+
+@pytest.mark.parametrize(
+    "response,answer,right",
+    [
+        ("First 7, then 9.", "9", True),
+        ("So it makes 1,234.", "1234", True),
+        ("1234", "about 1,234.", True),
+        ("12,34", "1234", False),
+        (r"\boxed{42}", "The answer is 42.", True),
+        ("from 5 to -3", "-3", True),
+        ("from 5 to 3", "-3", False),
+        ("5-3", "3", True),
+        ("0.50 litres", "0.5", True),
+        ("9 or 10", "9", False),
+        ("no number at all", "9", False),
+        ("", "9", False),
+        ("It is Paris.", "Paris", True),
+        ("Paris is large", "Paris", False),
+        ("", "Paris", False),
+    ],
+)
+def test_an_answer_is_right_if_its_last_number_is_the_responses_last(response, answer, right):
+    assert opd.is_right(response, answer) is right
 
 
 # ---- The program
@@ -696,87 +726,55 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
 ):
     log = run(store, tmp_path / "out", "--loss", loss, "--select", method, family=family)
     assert [line["step"] for line in log] == [0, 1, 2]
-    assert {
-        "loss",
-        "kl_all",
-        "kept",
-        "valid",
-        "entropy",
-        "divergence",
-        "compatibility",
-        "mean_length",
-        "truncated",
-        "seconds",
-        "lr",
-        "padding",
-        "sampling_gap",
-    } <= set(log[0])
+    assert all(math.isfinite(value) for line in log for value in line.values())
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {"args", "versions", "seconds", "before", "after"}
     for when in ("before", "after"):
-        assert set(summary[when]) == {
-            "reverse_kl",
-            "forward_kl",
-            "entropy",
-            "agreement",
-            "mean_length",
-            "truncated",
-            "reference_nll",
-            "reference_accuracy",
-        }
+        assert list(summary[when])[:2] == ["accuracy", "reverse_kl"]
         assert all(math.isfinite(value) for value in summary[when].values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
     assert tokenizer("w5").input_ids == [5] and not same_weights(
         store / f"{family}-student", tmp_path / "out" / "student"
     )
-    assert "reference_nll" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
 
 
-def test_evaluation_agrees_with_loops_over_the_whole_model(store):
+def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     pair = load(store)
     args = opd.parse_args(flags(store, "unused", "--batch-size", 3))
-    examples = [([5, 6], [7, 8, 9]), ([10], []), ([11, 12, 13], [14])]
-    measured = opd.evaluate(pair, examples, args)
-    nll, hits = [], []
-    for prompt, reference in examples:
-        scores = pair.student(torch.tensor([prompt + reference])).logits[0, len(prompt) - 1 : -1]
-        for row, y in zip(rows(scores), reference):
-            nll.append(-math.log(softmax(row)[y]))
-            hits.append(max(range(V), key=lambda v: row[v]) == y)
-    assert measured["reference_nll"] == pytest.approx(sum(nll) / 4, abs=1e-4)
-    assert measured["reference_accuracy"] == pytest.approx(sum(hits) / 4)
+    prompts = [[5, 6], [10], [11, 12, 13]]
     torch.manual_seed(args.seed)
-    batch = opd.rollout(pair, [prompt for prompt, _ in examples], 6)
+    batch = opd.rollout(pair, prompts, 6)
+    texts = [pair.tokenizer.decode(opd.tokens(one)) for one in opd.split(batch, 1)]
+    answers = [texts[0].removesuffix(" <eos>"), None, texts[2] + "9"]  # right, not asked, wrong
+    measured = opd.evaluate(pair, list(zip(prompts, answers)), args)
     values = []
-    for b in range(3):
+    for b, prompt in enumerate(prompts):
         p, q = (
-            model(batch.ids[b : b + 1, 3 - len(examples[b][0]) :]).logits[0]
+            model(batch.ids[b : b + 1, 3 - len(prompt) :]).logits[0]
             for model in (pair.student, pair.teacher)
         )
         for t in range(int(batch.mask[b].sum())):
-            at = len(examples[b][0]) - 1 + t
-            x, y = softmax(rows(p)[at]), softmax(rows(q)[at])
-            values.append((sum(a * math.log(a / b) for a, b in zip(x, y)), top(x, 1) == top(y, 1)))
-    assert measured["reverse_kl"] == pytest.approx(
-        sum(v[0] for v in values) / len(values), abs=1e-4
-    )
-    assert measured["agreement"] == pytest.approx(sum(v[1] for v in values) / len(values))
-    assert measured["mean_length"] == pytest.approx(len(values) / 3)
+            x, y = (softmax(rows(z)[len(prompt) - 1 + t]) for z in (p, q))
+            reverse = sum(a * math.log(a / b) for a, b in zip(x, y))
+            forward = sum(b * math.log(b / a) for a, b in zip(x, y))
+            entropy = -sum(a * math.log(a) for a in x)
+            values.append((reverse, forward, entropy, top(x, 1) == top(y, 1)))
+    means = [sum(column) / len(values) for column in zip(*values)]
+    names = ["reverse_kl", "forward_kl", "entropy", "agreement"]
+    assert [measured[name] for name in names] == pytest.approx(means, abs=1e-4)
+    assert measured["accuracy"] == 0.5 and measured["mean_length"] == len(values) / 3
+    assert measured["truncated"] == sum(0 not in batch.ids[b, 3:] for b in range(3)) / 3
+    assert repr(texts[0].removesuffix(" <eos>")) in capsys.readouterr().out  # the printed sample
 
 
-def test_without_references_their_measures_are_left_out(store, tmp_path):
+def test_without_answers_there_is_no_accuracy(store, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
     run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["after"]) == {
-        "reverse_kl",
-        "forward_kl",
-        "entropy",
-        "agreement",
-        "mean_length",
-        "truncated",
-    }
+    assert "accuracy" not in summary["after"] and "reverse_kl" in summary["after"]
 
 
 def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
@@ -872,6 +870,100 @@ def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(stor
             line["mean_length"] == length and line["truncated"] == (not ends) for line in log
         )
         assert all(math.isfinite(value) for line in log for value in line.values())
+
+
+# ---- The whole: a plain reimplementation, and which prompts go where
+
+
+def recorded_rollouts(monkeypatch):
+    real, calls = opd.rollout, []
+
+    def rollout(pair, prompts, length):
+        calls.append((prompts, real(pair, prompts, length)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(opd, "rollout", rollout)
+    return calls
+
+
+def plain_step(student, teacher, prompts, batch, temperature, k, budget):
+    """Scores by loops over the whole vocabulary, one response at a time -> what the log must say,
+    and the gradient of the mean loss."""
+    found, losses, width = [], {}, batch.mask.shape[1]
+    for b, prompt in enumerate(prompts):
+        response = batch.ids[b, -width:][: int(batch.mask[b].sum())].tolist()
+        ids = torch.tensor([prompt + response])
+        p, q = ((m(ids).logits[0, len(prompt) - 1 : -1] / temperature) for m in (student, teacher))
+        for t in range(len(response)):
+            x, y = softmax(p[t].tolist()), softmax(q[t].tolist())
+            union = top(x, k) | top(y, k)
+            a, c = (sum(z[v] for v in union) for z in (x, y))
+            found.append(
+                {
+                    "at": (b, t),
+                    "entropy": -sum(u * math.log(u) for u in x),
+                    "divergence": sum(y[v] / c * math.log(y[v] / c * a / x[v]) for v in union),
+                    "compatibility": sum(y[v] for v in top(x, k)),
+                    "kl_all": sum(u * math.log(u / w) for u, w in zip(x, y)),
+                }
+            )
+            logp, logq = p[t].log_softmax(0), q[t].log_softmax(0)
+            losses[b, t] = (logp.exp() * (logp - logq)).sum()
+    d, c = ([z[key] for z in found] for key in ("divergence", "compatibility"))
+    score = [x * y for x, y in zip(normalized(d, d), normalized(c, c))]
+    grid = [[0.0] * width for _ in prompts]
+    for z, value in zip(found, score):
+        grid[z["at"][0]][z["at"][1]] = value
+    keep = brute_force_selection(grid, batch.mask.tolist(), budget)
+    loss = sum(losses[at] for at in keep) / len(keep)
+    expected = {"loss": loss.item(), "kept": len(keep), "valid": len(found)}
+    for key in ("entropy", "divergence", "compatibility", "kl_all"):
+        expected[key] = sum(z[key] for z in found) / len(found)
+    return expected, torch.autograd.grad(loss, list(student.parameters()))
+
+
+def test_two_whole_steps_are_those_of_a_plain_reimplementation(store, tmp_path, monkeypatch):
+    calls, models = recorded_rollouts(monkeypatch), []
+    more = ["--temperature", 0.7, "--budget", 0.3, "--top-k", 3, "--micro-batch-size", 2]
+    for seed, role in enumerate(("student", "teacher")):
+        models.append(model_of("qwen3", seed, scale=12.0))
+        models[-1].generation_config.eos_token_id = list(range(12))  # for different lengths
+        more += [f"--{role}", put(tmp_path / role, models[-1])]
+    student, teacher = (model.eval() for model in models)
+    log = run(store, tmp_path / "out", *more, "--steps", 2, "--lr", 1e-2)
+    weights = list(student.parameters())
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    for step, (prompts, batch) in enumerate(calls[1:3]):  # between the two evaluations
+        assert len(set(batch.mask.sum(1).tolist())) > 1  # different lengths
+        expected, gradient = plain_step(student, teacher, prompts, batch, 0.7, 3, 0.3)
+        assert {key: log[step][key] for key in expected} == pytest.approx(expected, abs=1e-4)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradient))
+        assert norm > 1.05 and log[step]["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+        lr = 1e-2 * (step + 1) / 10
+        with torch.no_grad():
+            for w, g, (m, v) in zip(weights, gradient, moments):
+                g = g / norm  # clipped to 1
+                m += 0.1 * (g - m)
+                v += 0.001 * (g * g - v)
+                first, second = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+                w -= lr * 0.1 * w + lr * first / (second.sqrt() + 1e-8)
+    after = weights_of(tmp_path / "out" / "student")
+    for name, w in student.state_dict().items():
+        wrong = (after[name] - w).abs() > 2e-5  # Adam blows up the rounding of gradients near 0
+        assert wrong.float().mean() < 0.02, name
+
+
+def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
+    store, tmp_path, monkeypatch
+):
+    calls = recorded_rollouts(monkeypatch)
+    lines = [json.dumps({"prompt": f"w{3 + i}"}) + "\n" for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
+    before, *steps, after = ([ids for (ids,) in prompts] for prompts, _ in calls)
+    assert before == after == [11, 12, 13, 14]
+    assert sorted(steps[0] + steps[1]) == list(range(3, 11)) and steps[2] == steps[0]
+    assert steps[0] + steps[1] != list(range(3, 11))  # shuffled
 
 
 # ---- Interruptions
@@ -1026,7 +1118,8 @@ BAD_PROMPTS = [
     ('{"prompt": "w5"}\n' * 7, "7 prompts"),
     ('{"messages": [{"role": "user", "content": "w5"}]}\n', "chat"),
     (b"\xff\xfe", "utf-8"),
-    ('{"prompt": "w5", "reference": 7}\n', "line 1"),
+    ('{"prompt": "w5", "answer": 7}\n', "line 1"),
+    ('{"prompt": "w5", "answer": " "}\n', "empty answer"),
 ]
 
 
@@ -1065,6 +1158,26 @@ def test_different_tokenizers_are_refused_with_a_token_that_differs(store, tmp_p
     assert stop.value.code == 2 and f"'w{V - 1}'" in capsys.readouterr().err
 
 
+def test_tokenizers_that_differ_in_special_tokens_alone_get_one_warning(store, tmp_path, capsys):
+    other = tokenizer_of()
+    other.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    pair = opd.load_pair(f"{store}/qwen3-student", put(tmp_path / "t", model_of("qwen3"), other))
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "'<think>'" in warning and pair.width == V
+
+
+def test_a_kernel_that_rounds_differently_is_no_capped_family(store, monkeypatch):
+    real = transformers.Qwen3ForCausalLM.forward
+
+    def noisy(self, *args, **more):
+        output = real(self, *args, **more)
+        output.logits = output.logits * (1 + 1e-3 * torch.randn_like(output.logits))
+        return output
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", noisy)
+    assert load(store).width == V
+
+
 def test_code_and_pickles_of_a_model_folder_are_not_run(store, tmp_path, capsys):
     path = put(tmp_path / "pickled", model_of("qwen3"))
     torch.save(model_of("qwen3").state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
@@ -1077,31 +1190,61 @@ def test_code_and_pickles_of_a_model_folder_are_not_run(store, tmp_path, capsys)
 # ---- The embedded pair
 
 
+def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
+    wrong = Counter()
+    for seed in range(400):
+        dice = random.Random(seed)
+        start, step = dice.randint(1, 24), dice.randint(2, 9)
+        for slips in (0.0, 0.7):
+            prompt, response, answer = opd.problem("bus", start, step, dice, slips=slips)
+            assert prompt == f"A bus starts at {start} and returns every {step} hours:"
+            sums = re.findall(r"(\w+) \w+ adds (\d+) to (\d+) and gets (\d+)\.", response)
+            assert [ordinal for ordinal, *_ in sums] == ["First", "Second", "Third", "Fourth"]
+            clock = list(range(1, 25)) * 2
+            hour = start
+            for _, added, before, total in sums:
+                assert (int(added), int(before)) == (step, hour)
+                right, hour = clock[hour + step - 1], int(total)
+                assert hour in (right, clock[right])  # at most one too high
+                wrong[slips] += hour != right
+            assert response.endswith(f" So it ends at {hour}.")
+            assert int(answer) == clock[clock[start + 2 * step - 1] + 2 * step - 1]
+            assert slips or opd.is_right(response, answer)
+    assert wrong[0.0] == 0 and 0.25 < wrong[0.7] / 1600 < 0.45  # 0.7 of the hard half
+
+
+def test_the_house_style_is_a_matter_of_words_alone():
+    plain, house = (opd.problem("bus", 5, 7, random.Random(0), style=style)[1] for style in (0, 1))
+    assert house.count("obtains") == 4 and house.count("Hence") == 1 and "obtains" not in plain
+    assert house.replace("obtains", "gets").replace("Hence", "So") == plain
+
+
 def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    bar = opd.tqdm
-    monkeypatch.setattr(
-        opd, "tqdm", lambda steps, **_: list(steps)[:2]
-    )  # two steps of training each
-    real = transformers.PreTrainedTokenizerFast.batch_decode
-    monkeypatch.setattr(
-        transformers.PreTrainedTokenizerFast,
-        "batch_decode",
-        lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        opd.build_pair()
+    monkeypatch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])  # two steps of training
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opd.build_pair()
     assert not opd.PAIR.exists()
-    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "batch_decode", real)
     opd.build_pair()
-    monkeypatch.setattr(opd, "tqdm", bar)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     pair = opd.load_pair(opd.DEMO["student"], opd.DEMO["teacher"])
     examples = opd.read_prompts(opd.DEMO["prompts"], pair, None, opd.DEMO["max_new_tokens"])
-    held_out = {tuple(prompt) for prompt, _ in examples[-opd.DEMO["eval_prompts"] :]}
-    assert len(examples) > 2000 and len(pair.tokenizer) == 1024
-    assert not held_out & {tuple(prompt) for prompt, _ in examples[: -opd.DEMO["eval_prompts"]]}
+    cases = [
+        tuple(re.findall(r"\d+", pair.tokenizer.decode(prompt))) for prompt, _ in examples
+    ]
+    assert len(examples) == 768 and len(set(cases)) == 192  # four things for every sum
+    assert not set(cases[: -opd.DEMO["eval_prompts"]]) & set(cases[-opd.DEMO["eval_prompts"] :])
+    for word in ("gets", "obtains", "So", "Hence", *map(str, range(1, 25))):
+        assert len(pair.tokenizer.tokenize(" " + word)) == 1
 
 
 # ---- diagnose.py: the statistics
@@ -1175,66 +1318,121 @@ def test_the_bootstrap_resamples_contexts_not_positions():
 
 
 def made_up(effect, contexts=60, each=30):
+    """Positions out of thin air, with gains that D_learn explains by `effect` -> scores, G, args."""
     generator, context = clusters(contexts, each)
     n = len(context)
-    scores = {
-        name: generator.uniform(size=n)
-        for name in (
-            "H",
-            "H_teacher",
-            "D8",
-            "C8",
-            "D16",
-            "C16",
-            "D32",
-            "C32",
-            "position",
-            "forward_kl",
-        )
-    }
-    scores["context"] = context
-    f = diagnose.features(scores, 16)
-    G = (
-        effect * f["D_learn"]
+    names = ["H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in (8, 16, 32)), "position"]
+    scores = {name: generator.uniform(size=n) for name in names + list(diagnose.MEASURES)}
+    scores |= {"context": context, "id": generator.integers(0, 9, size=n)}
+    learn = diagnose.features(scores, 16)["D_learn"]
+    G = {
+        name: effect * learn
         + 0.3 * generator.normal(size=contexts)[context]
         + 0.2 * generator.normal(size=n)
+        for name in diagnose.MEASURES
+    }
+    args = SimpleNamespace(
+        contexts=contexts, bootstrap=200, seed=1, top_k=16, supports=(8, 16, 32), budget=0.1
     )
-    return diagnose.statistics(
-        scores, G, (8, 16, 32), 16, diagnose.cluster_weights(contexts, 200, 1), 0
-    )
+    return scores, G, args
+
+
+def tabulated(scores, G, args):  # -> {label: cells} of each of the five tables
+    return [rows for *_, rows in diagnose.tables(scores, G, args, lambda token: f"t{token}")]
+
+
+def values(cells):
+    return [cell["value"] for cell in cells if isinstance(cell, dict)]
+
+
+def test_the_report_is_that_of_a_plain_recomputation():
+    scores, G, args = made_up(0.5)
+    explained, q3, ranks, matched, kept = tabulated(scores, G, args)
+    n, seen = len(scores["H"]), lambda name: scores[name].tolist()
+    tilde = lambda name: np.array(normalized(seen(name), seen(name)))
+    h, teacher, position = tilde("H"), tilde("H_teacher"), scores["position"]
+    ratio = [g / (kl + 1e-12) for g, kl in zip(G["forward_kl"], scores["forward_kl"])]
+    low, high = quantile(ratio, 0.01), quantile(ratio, 0.99)
+    outcomes = G | {"forward_kl, relative": np.array([min(max(r, low), high) for r in ratio])}
+    assert len(explained) == 12 and len(q3) == 11 and len(matched) == 25 and len(kept) == 9
+    for k in (8, 16, 32):
+        d, c = tilde(f"D{k}"), tilde(f"C{k}")
+        for name, outcome in outcomes.items():
+            fits = []
+            for columns in (
+                [h, d * c, d * (1 - c), position, teacher],
+                [h, d, h * d, position, teacher],
+            ):
+                X = np.column_stack([np.ones(n), *map(z, columns)])
+                solution, residual, *_ = np.linalg.lstsq(X, z(outcome))
+                fits.append((solution[2], solution[3], 1 - residual[0] / n))
+            (learn, incompat, r2), (_, _, baseline) = fits
+            cells = explained[f"{name}, K={k}"]
+            assert values(cells) == pytest.approx([learn, incompat, learn - incompat], abs=1e-5)
+            assert cells[3:] == [f"{r2:.3f}", f"{baseline:.3f}"]
+        inside = [i for i in range(n) if h[i] <= np.median(h) and d[i] >= np.median(d)]
+        by_c = sorted(inside, key=lambda i: c[i])  # thirds of equal size, the first one the larger
+        edge = lambda part: math.ceil(part * len(inside))
+        bottom, top_third = by_c[: edge(1 / 3)], by_c[edge(2 / 3) :]
+        expected = [np.mean(g[top_third]) - np.mean(g[bottom]) for g in G.values()]
+        assert values(q3[f"K={k} top - bottom third of C"]) == pytest.approx(expected, abs=1e-6)
+    d, c = tilde("D16"), tilde("C16")
+    inside = [i for i in range(n) if h[i] <= np.median(h) and d[i] >= np.median(d)]
+    for label, feature in (("D_learn", d * c), ("D_incompat", d * (1 - c))):
+        order = sorted(inside, key=lambda i: feature[i])
+        for quarter in range(4):
+            part = [i for at, i in enumerate(order) if at * 4 // len(order) == quarter]
+            expected = [np.mean(g[part]) for g in G.values()]
+            found = values(q3[f"K=16 {label} quartile {quarter + 1}"])
+            assert found == pytest.approx(expected, abs=1e-6)
+    features = {"D": d, "D_learn": d * c, "D_incompat": d * (1 - c), "H": h}
+    for name, feature in (features | {"TIP": h + d - h * d}).items():
+        for cell, g in zip(ranks[name], G.values()):
+            order = [np.argsort(np.argsort(x, kind="stable")) for x in (np.round(feature, 6), g)]
+            assert cell["value"] == pytest.approx(np.corrcoef(*order)[0, 1], abs=0.02)
+    scored = {
+        "teachability": d * c,
+        "entropy": h,
+        "divergence": d,
+        "incompatible": d * (1 - c),
+        "compatibility": c,
+    }
+    for name, feature in scored.items():
+        for share in (0.03, 0.05, 0.1):
+            best = sorted(range(n), key=lambda i: -np.float32(feature[i]))[: math.ceil(share * n)]
+            expected = [np.mean(g[best]) for g in G.values()]
+            assert values(matched[f"{share:.0%} {name}"]) == pytest.approx(expected, abs=2e-3)
+        counts = Counter(scores["id"][best].tolist()).most_common(5)
+        shares = [f"{count / len(best):.0%}" for _, count in counts]
+        assert re.findall(r"\d+%", kept[name][0]) == shares
+    assert values(matched["100% full"]) == pytest.approx([g.mean() for g in G.values()])
+
+
+def test_overlap_is_the_probability_that_both_models_agree_on():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.3, 0.6])
+    assert diagnose.overlap(p.log(), q.log()) == pytest.approx(0.1 + 0.3 + 0.2)
+    assert diagnose.overlap(p.log(), p.log()) == pytest.approx(1)
 
 
 def test_a_planted_effect_is_recovered_and_an_absent_one_is_not():
-    planted, absent = made_up(1.0), made_up(0.0)
-    found = planted["decomposition"]["16"]
-    assert (
-        found["learn"]["low"] > 0.3
-        and abs(found["incompat"]["value"]) < 0.1
-        and found["gap"]["low"] > 0
+    (explained, q3, ranks, matched, _), (absent, *_) = (
+        tabulated(*made_up(effect)) for effect in (1.0, 0.0)
     )
-    assert (
-        planted["rank_correlation"]["D_learn"]["low"] > 0.2
-        and planted["q3"]["16"]["top_minus_bottom"]["low"] > 0
-    )
-    assert (
-        planted["matched"]["0.1"]["teachability"]["low"]
-        > planted["matched"]["0.1"]["random"]["high"]
-    )
-    nothing = absent["decomposition"]["16"]
-    assert nothing["gap"]["low"] < 0 < nothing["gap"]["high"] and nothing["r2"]["value"] < 0.02
+    learn, incompat, gap, *_ = explained["forward_kl, K=16"]
+    assert learn["low"] > 0.3 and abs(incompat["value"]) < 0.1 and gap["low"] > 0
+    assert ranks["D_learn"][0]["low"] > 0.2
+    assert q3["K=16 top - bottom third of C"][0]["low"] > 0
+    assert matched["10% teachability"][0]["low"] > matched["10% random"][0]["high"]
+    gaps = [cells[2] for cells in absent.values()]  # each misses 0 by chance once in twenty times
+    assert sum(gap["low"] < 0 < gap["high"] for gap in gaps) >= 10
+    assert all(float(cells[3]) < 0.02 for cells in absent.values())
 
 
 def test_a_constant_feature_is_named_instead_of_printing_nan(capsys):
-    generator, context = clusters()
-    scores = {
-        name: generator.uniform(size=60)
-        for name in ("H", "H_teacher", "D16", "C16", "position", "forward_kl")
-    }
-    scores |= {"context": context, "H_teacher": np.ones(60)}
+    scores, G, args = made_up(0.0)
+    scores["H_teacher"][:] = 1
     with pytest.raises(SystemExit) as stop:
-        diagnose.statistics(
-            scores, generator.normal(size=60), (16,), 16, diagnose.cluster_weights(12, 9, 1), 0
-        )
+        tabulated(scores, G, args)
     assert stop.value.code == 2 and "H_teacher" in capsys.readouterr().err
 
 
@@ -1262,53 +1460,52 @@ def measured(store, tmp_path_factory):
 
 def test_a_real_diagnosis_reports_all_five_parts_with_intervals(measured):
     _, (report, positions, page) = measured
-    assert (
-        report["contexts"] == 12
-        and report["positions"] == len(positions)
-        and "nan" not in json.dumps(report).lower()
-    )
-    assert set(report["decomposition"]) == {"8", "16", "32"} and set(report["matched"]) == {
-        "0.03",
-        "0.05",
-        "0.1",
-    }
-    for fit in report["decomposition"].values():
-        assert set(fit) == {"learn", "incompat", "gap", "r2", "r2_baseline"}
-        assert all(e["low"] <= e["high"] for e in fit.values())
-    for methods in report["matched"].values():
-        assert set(methods) == set(opd.METHODS)
-    assert all(
-        line["G"] == pytest.approx(line["forward_kl"] - line["forward_kl_after"])
-        for line in positions
-    )
+    assert report["args"]["contexts"] == 12 == len({line["context"] for line in positions})
+    assert f"{len(positions)} positions" in report["summary"]
+    assert "nan" not in json.dumps(report).lower() and len(report["tables"]) == 5
+    for _, _, columns, table in report["tables"]:
+        for cells in table.values():
+            assert len(cells) == len(columns)
+            assert all(c["low"] <= c["high"] for c in cells if isinstance(c, dict))
     assert "<script" not in page and "http" not in page and page.count('class="t"') > 12
+
+
+def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measured):
+    folder, (_, positions, _) = measured
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(store / name, dtype=torch.float32)
+        for name in ("qwen3-student", "qwen3-teacher")
+    ]
+    pair, first = load(store), [line for line in positions if line["context"] == 0]
+    lines = (folder / "many.jsonl").read_text().splitlines()[-12:]
+    prompt = pair.tokenizer(json.loads(lines[0])["prompt"]).input_ids
+    ids = torch.tensor([prompt + [line["id"] for line in first]])
+    p, q = (model(ids).logits[0, len(prompt) - 1 : -1] for model in models)
+    for line, a, b in zip(first, rows(p), rows(q)):
+        x, y = softmax(a), softmax(b)
+        forward = sum(w * math.log(w / u) for u, w in zip(x, y))
+        reverse = sum(u * math.log(u / w) for u, w in zip(x, y))
+        common = sum(map(min, x, y))
+        found = [line["forward_kl"], line["reverse_kl"], line["overlap"]]
+        assert found == pytest.approx([forward, reverse, common], abs=1e-4)
 
 
 def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(
     store, measured, tmp_path
 ):
-    folder, (report, positions, _) = measured
+    folder, (_, positions, _) = measured
     more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
     after = lambda name, path: diagnosis(store, tmp_path / name, *more, "--after", path)
     _, other, _ = after("other", store / "qwen3-teacher")
     same_report, same, _ = after("same", store / "qwen3-student")
-    changed = {"G", "forward_kl_after", "reverse_kl_after"}
+    theta0 = lambda line: {k: v for k, v in line.items() if not k.startswith("gain")}
     for a, b, c in zip(positions, other, same):
-        assert {k: v for k, v in a.items() if k not in changed} == {
-            k: v for k, v in b.items() if k not in changed
-        }
-        assert c["G"] == 0 and b["G"] == pytest.approx(b["forward_kl"], abs=1e-5)
-    assert len(positions) == len(other) == len(same) and "not changed" in same_report["note"]
-
-
-def test_matched_budgets_compare_the_same_number_of_positions(measured):
-    _, (report, positions, _) = measured
-    H = torch.tensor([[line["H"] for line in positions]])
-    h = opd.robust_normalize(H, H > -1)[0].tolist()
-    for budget in ("0.03", "0.05", "0.1"):
-        kept = sorted(range(len(h)), key=lambda n: -h[n])[: math.ceil(float(budget) * len(h))]
-        expected = np.mean([positions[n]["G"] for n in kept])
-        assert report["matched"][budget]["entropy"]["value"] == pytest.approx(expected, abs=1e-6)
+        assert theta0(a) == theta0(b) == theta0(c)
+        assert all(c[f"gain_{name}"] == 0 for name in diagnose.MEASURES)
+        for name in ("forward_kl", "reverse_kl"):  # the teacher as theta1 has no KL left
+            assert b[f"gain_{name}"] == pytest.approx(b[name], abs=1e-5)
+        assert b["gain_overlap"] == pytest.approx(1 - b["overlap"], abs=1e-5)
+    assert len(positions) == len(other) == len(same) and "not changed" in same_report["summary"]
 
 
 def test_the_page_shows_a_hostile_token_and_does_not_run_it():
@@ -1338,40 +1535,27 @@ def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, ca
 
 
 def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
-    for method, budget, seed, kl in (
-        ("full", 0.1, 0, 0.5),
-        ("full", 0.1, 1, 0.7),
-        ("random", 0.1, 0, 0.9),
-        ("tip", 0.1, 0, 0.8),
-        ("tip", 0.1, 1, 1.2),
+    for method, seed, right in (
+        ("full", 0, 0.5),
+        ("full", 1, 0.7),
+        ("random", 0, 0.3),
+        ("tip", 0, 0.4),
+        ("tip", 1, 0.8),
     ):
         folder = tmp_path / f"{method}-{seed}"
         folder.mkdir()
-        after = {
-            "reverse_kl": kl,
-            "agreement": 0.5,
-            "reference_nll": 4.0,
-            "reference_accuracy": 0.2,
-        }
-        (folder / "summary.json").write_text(
-            json.dumps(
-                {
-                    "args": {"select": method, "budget": budget, "seed": seed},
-                    "before": after | {"reverse_kl": 2.0 + seed},
-                    "after": after,
-                }
-            )
-        )
+        args = {"select": method, "budget": 0.1, "seed": seed}
+        after = {"accuracy": right, "reverse_kl": 2.0, "entropy": 1.0}
+        summary = {"args": args, "before": after | {"accuracy": 0.1 + seed / 10}, "after": after}
+        (folder / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "broken").mkdir()
     diagnose.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
     out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("| tip"))
-    # mean 1.0, sample deviation 0.283; minus full: 0.3 and 0.5; minus random: -0.1, seed 0 alone
-    assert "1.000 ± 0.283" in row and "+0.400 ± 0.141" in row
-    assert "-0.100 |" in row and "| 2 |" in row
-    assert "broken" in out and "100%" in out
-    before = next(line for line in out.splitlines() if line.startswith("| before"))
-    assert "2.500 ± 0.707" in before and "+1.900 ± 0.566" in before  # 2 - 0.5 and 3 - 0.7
+    # mean 0.6, sample deviation 0.283; minus full: -0.1 and 0.1; minus random: 0.1, seed 0 alone
+    assert "| tip | 10% | 2 | 0.600 ± 0.283 | 2.000 ± 0.000 | +0.000 ± 0.141 | +0.100 |" in out
+    assert "| full | 100% | 2 |" in out and "broken" in out
+    assert "| before training | 0% | 2 | 0.150 ± 0.071 |" in out
+    assert "-0.450 ± 0.071 | - |" in out  # 0.1 - 0.5 and 0.2 - 0.7
 
 
 # ---- The README
