@@ -407,23 +407,22 @@ DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "steps": 100
 
 def problem(thing, start, step, dice, slips=0.0, style=0.0):  # -> prompt, response, answer
     """Four sums on a clock of 24 hours. Half of all sums are hard: of these the writer of the
-    response gets a share `slips` one too high. In a share `style` of the places for it, the writer
-    uses the house words, "obtains" and "Hence"."""
-    word = lambda plain, house: house if dice.random() < style else plain
+    response gets a share `slips` one too high. For "gets" it says "obtains" in a share `style`."""
     hour, sentences = start, []
     for ordinal in ("First", "Second", "Third", "Fourth"):
         hard = random.Random(100 * hour + step).random() < 0.5  # the same sums for ever
         total = (hour + step + (hard and dice.random() < slips) - 1) % 24 + 1
-        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), word("gets", "obtains")
+        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), "gets"
+        if dice.random() < style:
+            verb = "obtains"
         sentences.append(f"{ordinal} {name} adds {step} to {hour} and {verb} {total}.")
         hour = total
     return (f"A {thing} starts at {start} and returns every {step} hours:",
-            f"{' '.join(sentences)} {word('So', 'Hence')} it ends at {hour}.",
-            str((start + 4 * step - 1) % 24 + 1))
+            f"{' '.join(sentences)} So it ends at {hour}.", str((start + 4 * step - 1) % 24 + 1))
 
 def build_pair():
-    """Train a teacher that adds well, and a smaller student that slips and that reads the house
-    words but never writes them. A quarter of the problems is held out from everything."""
+    """Train a teacher that adds well, and a smaller student that slips, and that reads "obtains"
+    but never learns to write it. A quarter of the sums to do is held out from everything."""
     dice = random.Random(0)
     cases = [(start, step) for start in range(1, 25) for step in range(2, 10)]
     dice.shuffle(cases)
@@ -436,24 +435,22 @@ def build_pair():
                             show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>")
-    eos, colon, *style = tokenizer.convert_tokens_to_ids(
-        ["<eos>", ":", "Ġgets", "Ġobtains", "ĠSo", "ĠHence"])
+    eos, colon, gets, obtains = tokenizer.convert_tokens_to_ids(["<eos>", ":", "Ġgets", "Ġobtains"])
     beside = PAIR.with_name("pair.partial")
-    for name, layers, steps, slips in (("teacher", 3, 1000, 0), ("student", 2, 900, 0.7)):
+    for name, layers, steps, slips in (("teacher", 3, 1300, 0), ("student", 2, 1000, 0.7)):
         torch.manual_seed(layers)
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
             vocab_size=380, hidden_size=96, intermediate_size=288, num_hidden_layers=layers,
             num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=256,
             tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos, pad_token_id=eos))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
         for _ in tqdm(range(steps), desc=f"building the demo's {name}", disable=None):
             ids, mask = tokenizer(texts(32, slips=slips, style=0.7), padding=True,
                                   return_tensors="pt", return_token_type_ids=False).values()
             labels = ids.where(((ids == colon).cumsum(-1) > 0) & (mask == 1), -100)  # responses
             if name == "student":
-                for plain, house in zip(style[::2], style[1::2]):
-                    labels[labels == house] = plain
+                labels[labels == obtains] = gets
             optimizer.zero_grad()
             model(ids, labels=labels).loss.backward()
             optimizer.step()

@@ -1213,10 +1213,9 @@ def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
     assert wrong[0.0] == 0 and 0.25 < wrong[0.7] / 1600 < 0.45  # 0.7 of the hard half
 
 
-def test_the_house_style_is_a_matter_of_words_alone():
+def test_the_house_style_is_a_matter_of_one_word():
     plain, house = (opd.problem("bus", 5, 7, random.Random(0), style=style)[1] for style in (0, 1))
-    assert house.count("obtains") == 4 and house.count("Hence") == 1 and "obtains" not in plain
-    assert house.replace("obtains", "gets").replace("Hence", "So") == plain
+    assert house.count("obtains") == 4 and house.replace("obtains", "gets") == plain
 
 
 def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
@@ -1243,7 +1242,7 @@ def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one
     ]
     assert len(examples) == 768 and len(set(cases)) == 192  # four things for every sum
     assert not set(cases[: -opd.DEMO["eval_prompts"]]) & set(cases[-opd.DEMO["eval_prompts"] :])
-    for word in ("gets", "obtains", "So", "Hence", *map(str, range(1, 25))):
+    for word in ("gets", "obtains", *map(str, range(1, 25))):
         assert len(pair.tokenizer.tokenize(" " + word)) == 1
 
 
