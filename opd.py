@@ -26,8 +26,6 @@ from tqdm import tqdm
 
 METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
            "compatibility", "incompatible", "random")
-COLUMNS = ("step", "loss", "kl_all", "entropy", "divergence", "compatibility", "mean_length",
-           "truncated", "seconds")  # those of log.jsonl that the terminal shows
 CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator gives back when freed
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
@@ -116,8 +114,7 @@ def token_loss(kind, student_logits, teacher_logits, tokens):  # [..., V] twice,
     """`reverse_kl`, `forward_kl`, or `sampled`: -A log p(y), A = log q(y) - log p(y) held constant.
     Over y ~ p, the expected gradient of `sampled` is that of `reverse_kl`. In nats."""
     if kind != "sampled":
-        kl = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[kind]
-        return kl(student_logits, teacher_logits)
+        return (reverse_kl if kind == "reverse_kl" else forward_kl)(student_logits, teacher_logits)
     logp, logq = (logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
                   for logits in (student_logits, teacher_logits))
     return -(logq - logp).detach() * logp
@@ -177,9 +174,8 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, answer or None)
     """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit in."""
     tokenizer, examples = pair.tokenizer, []
     limit = min(getattr(m.config, "max_position_embeddings", None) or 10**9 for m in pair[:2])
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
+    for number, line in ((number, line) for number, line in lines if line.strip()):
         try:
             record = json.loads(line)
             chat, answer = "messages" in record, record.get("answer")
@@ -188,13 +184,12 @@ def read_prompts(path, pair, longest, room):  # -> [(prompt ids, answer or None)
             # Never two BOS: a chat template writes its own, and a text may bring one.
             bos = not chat and not text.startswith(tokenizer.bos_token or "\0")
             prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
-            if answer is not None and not answer.strip(" ."):
-                raise ValueError("empty answer")
+            assert answer is None or answer.strip(" ."), "empty answer"
         except Exception as error:  # no JSON, no such key, no text, no chat template
             fail(f"{path}, line {number}: `prompt` or `messages`, perhaps `answer`: {error!r}")
         if not 0 < len(prompt) <= limit - room:
-            fail(f"{path}, line {number}: {len(prompt)} tokens; a prompt needs 1 or more, and with "
-                 f"{room} new ones at most {limit} (--max-prompt-tokens, --max-new-tokens)")
+            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones, 1 to {limit} "
+                 "fit (--max-prompt-tokens, --max-new-tokens)")
         examples.append((prompt, answer))
     return examples
 
@@ -309,8 +304,7 @@ def update(pair, optimizer, batch, scores, keep, args):  # -> loss, norm of its 
     parts = split(batch._replace(mask=keep), size)
     targets = scores.teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
     for part, target in zip(parts, targets):
-        whole = len(parts) == 1
-        hidden = scores.hidden[rows] if whole else hidden_states(pair.student, part, size)
+        hidden = (hidden_states(pair.student, part, size) if parts[1:] else scores.hidden[rows])
         leaf = hidden.detach().requires_grad_()
         loss += float(in_chunks(pair, leaf, target, tokens(part), backward)[0].sum())
         hidden.backward(leaf.grad)
@@ -320,21 +314,23 @@ def update(pair, optimizer, batch, scores, keep, args):  # -> loss, norm of its 
     optimizer.zero_grad()
     return loss, norm
 
-def log(out, args, step, times, batch, scores, keep, loss, norm, lr):
-    """Every step to log.jsonl, and each tenth of the run to the terminal."""
+def log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr):
+    """A line of log.jsonl for each step, a row in the terminal for each tenth of the run."""
     valid, (start, rolled, selected, end) = int(batch.mask.sum()), times
     H, D, C, kl, gap = (float(z.sum()) / valid for z in scores[:5])
-    line = {"step": step, "loss": loss, "kl_all": kl, "kept": int(keep.sum()), "valid": valid,
-            "entropy": H, "divergence": D, "compatibility": C, "mean_length": valid / len(keep),
-            "truncated": float(batch.truncated.float().mean()), "lr": lr, "gradient_norm": norm,
-            "seconds": end - start, "rollout_seconds": rolled - start,
-            "score_seconds": selected - rolled, "padding": 1 - valid / keep.numel(),
-            "sampling_gap": gap}
+    row = {"step": step, "loss": loss, "kl_all": kl, "entropy": H, "divergence": D,
+           "compatibility": C, "mean_length": valid / len(keep),
+           "truncated": float(batch.truncated.float().mean()), "seconds": end - start}
+    line = row | {"rollout_seconds": rolled - start, "score_seconds": selected - rolled,
+                  "kept": int(keep.sum()), "valid": valid, "padding": 1 - valid / keep.numel(),
+                  "sampling_gap": gap, "gradient_norm": norm, "lr": lr}
     with open(out / "log.jsonl", "a") as file:
+        if not file.tell():  # the first line gets a heading
+            tqdm.write("  ".join(f"{name:>6}" for name in row))
         file.write(json.dumps(line) + "\n")
     if step % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
-        tqdm.write("  ".join(f"{line[name]:{max(6, len(name))}.4g}" for name in COLUMNS))
-    return kl
+        tqdm.write("  ".join(f"{row[name]:{max(6, len(name))}.4g}" for name in row))
+    bar.set_postfix(kl_all=f"{kl:.4f}", refresh=False)
 
 # ---- Training, and what it changed.
 def train(pair, examples, args, out):
@@ -345,12 +341,10 @@ def train(pair, examples, args, out):
         first, state = torch.load(Path(args.resume) / "state.pt", map_location="cpu")
         optimizer.load_state_dict(state)
     order = torch.randperm(len(examples), generator=chance).tolist()
-    tqdm.write("  ".join(f"{name:>6}" for name in COLUMNS))
     bar = tqdm(range(first, args.steps), desc="training", disable=None)
     for step in bar:
         times, seed = [time.time()], args.seed * 1_000_003 + step
         torch.manual_seed(seed)
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
         prompts = [examples[order[n % len(order)]][0] for n in numbers]
         batch = rollout(pair, prompts, args.max_new_tokens)
@@ -358,12 +352,12 @@ def train(pair, examples, args, out):
         scores = score(pair, batch, args)
         keep = select(scores, batch.mask, args, chance.manual_seed(seed))
         times.append(time.time())
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
         loss, norm = update(pair, optimizer, batch, scores, keep, args)
-        times.append(time.time())
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
-        kl = log(out, args, step, times, batch, scores, keep, loss, norm, lr)
-        bar.set_postfix(kl_all=f"{kl:.4f}", refresh=False)
+        times.append(time.time())
+        log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr)
         if args.save_every and (step + 1) % args.save_every == 0:
             save(pair, out / f"step-{step + 1}", (step + 1, optimizer.state_dict()))
 
@@ -392,12 +386,14 @@ def evaluate(pair, examples, args):  # -> {name: mean}
         if i == 0:
             tqdm.write(f"sample: {pair.tokenizer.decode(prompts[0])!r} -> {texts[0]!r}")
         right += [is_right(text, answer) for text, answer in zip(texts, answers) if answer]
-        lengths, truncated = lengths + batch.mask.sum(-1).tolist(), truncated + batch.truncated.tolist()
+        lengths += batch.mask.sum(-1).tolist()
+        truncated += batch.truncated.tolist()
         positions.append(measure(pair, batch, args.micro_batch_size, lambda p, q, y: (
             reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1))))
-    columns = [right, *(torch.cat(z).tolist() for z in zip(*positions)), lengths, truncated]
-    names = ("accuracy", "reverse_kl", "forward_kl", "entropy", "agreement", "mean_length", "truncated")
-    return {name: sum(column) / len(column) for name, column in zip(names, columns) if column}
+    names = "reverse_kl", "forward_kl", "entropy", "agreement"
+    columns = {"accuracy": right} | dict(zip(names, map(torch.cat, zip(*positions)))) | {
+        "mean_length": lengths, "truncated": truncated}
+    return {name: float(sum(z) / len(z)) for name, z in columns.items() if len(z)}
 
 # ---- The embedded pair, the command line, the program.
 PAIR = Path("runs/pair")
@@ -412,10 +408,9 @@ def problem(thing, start, step, dice, slips=0.0, style=0.0):  # -> prompt, respo
     for ordinal in ("First", "Second", "Third", "Fourth"):
         hard = random.Random(100 * hour + step).random() < 0.5  # the same sums for ever
         total = (hour + step + (hard and dice.random() < slips) - 1) % 24 + 1
-        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), "gets"
-        if dice.random() < style:
-            verb = "obtains"
-        sentences.append(f"{ordinal} {name} adds {step} to {hour} and {verb} {total}.")
+        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), ("gets", "obtains")
+        sentences.append(f"{ordinal} {name} adds {step} to {hour} and "
+                         f"{verb[dice.random() < style]} {total}.")
         hour = total
     return (f"A {thing} starts at {start} and returns every {step} hours:",
             f"{' '.join(sentences)} So it ends at {hour}.", str((start + 4 * step - 1) % 24 + 1))
@@ -435,7 +430,8 @@ def build_pair():
                             show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>")
-    eos, colon, gets, obtains = tokenizer.convert_tokens_to_ids(["<eos>", ":", "Ġgets", "Ġobtains"])
+    words = "<eos>", ":", "Ġgets", "Ġobtains"
+    eos, colon, gets, obtains = (tokenizer.convert_tokens_to_ids(word) for word in words)
     beside = PAIR.with_name("pair.partial")
     for name, layers, steps, slips in (("teacher", 3, 1300, 0), ("student", 2, 1000, 0.7)):
         torch.manual_seed(layers)
@@ -472,8 +468,7 @@ def parse_args(argv=None, parser=None):
     add("--select", choices=METHODS, default="teachability", help="which positions to train on")
     add("--budget", type=float, default=0.1, help="share of positions kept, in (0, 1]")
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
-    losses = ("reverse_kl", "forward_kl", "sampled")
-    add("--loss", choices=losses, default="reverse_kl", help="of a kept position, in nats")
+    add("--loss", choices=("reverse_kl", "forward_kl", "sampled"), default="reverse_kl")
     add("--temperature", type=float, default=1.0, help="of sampling, scoring and loss alike")
     add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
     add("--batch-size", type=int, default=8, help="responses per step (demo: 12)")
@@ -510,8 +505,7 @@ def prepare(args):  # -> Pair, training examples, held-out examples
         fail(f"{args.prompts} has {len(examples)} prompts; batch and held-out set need {needed}")
     return pair, examples[:-args.eval_prompts], examples[-args.eval_prompts:]
 
-def new_folder(out, stem):  # -> Path
-    """--out, which must be new or empty, or the first free runs/stem-N."""
+def new_folder(out, stem):  # -> Path, new or empty: --out, or the first free runs/stem-N
     free = (Path(f"runs/{stem}-{n}") for n in range(1, 10**6))
     out = Path(out) if out else next(folder for folder in free if not folder.exists())
     out.mkdir(parents=True, exist_ok=True)
@@ -532,12 +526,11 @@ def main(args):
         fail(f"interrupted; the student as it is now is in {out / 'student'}", 130)
     save(pair, out / "student")
     after, seconds = evaluate(pair, held_out, args), time.time() - started
-    summary = {"args": vars(args), "seconds": seconds, "before": before, "after": after,
-               "versions": {m.__name__: m.__version__ for m in (torch, transformers)}}
-    (out / "summary.json").write_text(json.dumps(summary))
-    print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
-    for name in before:
-        print(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
+    (out / "summary.json").write_text(json.dumps({
+        "args": vars(args), "seconds": seconds, "before": before, "after": after,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)}}))
+    print(f"{'held-out prompts':20}{'before':>10}{'after':>10}", *(
+        f"{name:20}{before[name]:10.4f}{after[name]:10.4f}" for name in before), sep="\n")
     print(f"{seconds:.0f} s; student/, log.jsonl and summary.json are in {out}")
 
 def run(program):  # whatever stops it from outside gets one line, too
