@@ -194,7 +194,7 @@ def tables(scores, G, args, decode):
              f"{share:.0%} {method}": mean(keep(method, share))
              for share in (0.03, 0.05, 0.1) for method in opd.METHODS[1:]}),
         (f"What each method keeps at {args.budget:.0%}", "Its most frequent tokens, and their "
-         "share.", ["tokens"], {method: ["  ".join(
+         "share.", ["tokens"], {method: [", ".join(
              f"{decode(token)!r} {count / len(ids):.0%}"
              for token, count in Counter(ids).most_common(5))] for method, ids in kept.items()})]
 
@@ -204,7 +204,8 @@ def as_text(tables):
         for label, cells in {"": columns, **rows}.items():
             texts = [cell if isinstance(cell, str) else "{value:+.3f} [{low:+.2f}, {high:+.2f}]"
                      .format(**cell) for cell in cells]
-            yield f"  {label:30}" + "".join(f"{text:>24}" for text in texts[:3]) + "".join(f"{text:>13}" for text in texts[3:])
+            yield f"  {label:24}" + "".join(map("{:>24}".format, texts[:3])) + "  ".join(
+                ["", *texts[3:]])
 
 STYLE = """
 :root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
@@ -249,7 +250,7 @@ def as_page(tables, summary, contexts):
         for column in zip(*rows.values()):
             ends = [0] + [c[end] for c in column if isinstance(c, dict) for end in ("low", "high")]
             scale = min(ends), max(max(ends) - min(ends), 1e-9)
-            shown.append([bar(c, *scale) if isinstance(c, dict) else f"<td>{visible(c)}"
+            shown.append([bar(c, *scale) if isinstance(c, dict) else f"<td>{html.escape(c)}"
                           for c in column])
         parts += [f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}<table><tr><td>",
                   *(f"<td>{html.escape(name)}" for name in columns),
@@ -273,7 +274,8 @@ def token_rows(scores, firsts, G, top_k, decode):  # -> a row of token_map for e
     f = features(scores, top_k)
     for n, token in enumerate(map(decode, scores["id"].tolist())):
         tip = f"{token!r}   H {scores['H'][n]:.2f}   D {scores[f'D{top_k}'][n]:.2f}   "
-        tip += f"C {scores[f'C{top_k}'][n]:.2f}   G " + ", ".join(f"{g[n]:+.3f}" for g in G.values())
+        tip += f"C {scores[f'C{top_k}'][n]:.2f}   G "
+        tip += ", ".join(f"{name} {g[n]:+.3f}" for name, g in G.items())
         for who, top in zip(("student", "teacher"), firsts):
             tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
         yield token, f["D_learn"][n], f["D_incompat"][n], tip

@@ -326,10 +326,10 @@ def log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr):
                   "sampling_gap": gap, "gradient_norm": norm, "lr": lr}
     with open(out / "log.jsonl", "a") as file:
         if not file.tell():  # the first line gets a heading
-            tqdm.write("  ".join(f"{name:>6}" for name in row))
+            tqdm.write("  ".join(f"{name:>7}" for name in row))
         file.write(json.dumps(line) + "\n")
     if step % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
-        tqdm.write("  ".join(f"{row[name]:{max(6, len(name))}.4g}" for name in row))
+        tqdm.write("  ".join(f"{row[name]:{max(7, len(name))}.4g}" for name in row))
     bar.set_postfix(kl_all=f"{kl:.4f}", refresh=False)
 
 # ---- Training, and what it changed.

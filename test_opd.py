@@ -545,7 +545,8 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     torch.manual_seed(0)
     batch = opd.rollout(cold, [[5]] * 4000, 1)
     scored, plain = (
-        opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q)) for pair in (cold, warm)
+        opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q))
+        for pair in (cold, warm)
     )
     expected = torch.softmax(4 * plain[0][0], -1)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
@@ -739,6 +740,18 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
     )
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
+
+
+def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(store, tmp_path, capsys):
+    log = run(store, tmp_path / "out", "--steps", 21)
+    heading, *shown = re.findall(r"^ +(?:step|\d+)  .*", capsys.readouterr().out, re.M)
+    assert heading.split()[:3] == ["step", "loss", "kl_all"] and len(log) == 21
+    assert [int(line.split()[0]) for line in shown] == list(range(0, 21, 2))
+    for line in shown:
+        step, *found = map(float, line.split()[:3])
+        expected = [log[int(step)][key] for key in ("loss", "kl_all")]
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert len(line) == len(heading)
 
 
 def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
@@ -1216,6 +1229,7 @@ def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
 def test_the_house_style_is_a_matter_of_one_word():
     plain, house = (opd.problem("bus", 5, 7, random.Random(0), style=style)[1] for style in (0, 1))
     assert house.count("obtains") == 4 and house.replace("obtains", "gets") == plain
+    assert opd.is_right(plain, opd.problem("bus", 5, 7, random.Random(0))[2])
 
 
 def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
@@ -1232,11 +1246,10 @@ def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one
         with pytest.raises(KeyboardInterrupt):
             opd.build_pair()
     assert not opd.PAIR.exists()
-    opd.build_pair()
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    pair = opd.load_pair(opd.DEMO["student"], opd.DEMO["teacher"])
-    examples = opd.read_prompts(opd.DEMO["prompts"], pair, None, opd.DEMO["max_new_tokens"])
+    pair, training, held_out = opd.prepare(opd.parse_args([]))
+    examples = training + held_out
+    monkeypatch.setattr(opd, "build_pair", interrupted)  # not again
+    assert opd.prepare(opd.parse_args([]))[1:] == (training, held_out) and len(held_out) == 192
     cases = [
         tuple(re.findall(r"\d+", pair.tokenizer.decode(prompt))) for prompt, _ in examples
     ]
@@ -1317,7 +1330,7 @@ def test_the_bootstrap_resamples_contexts_not_positions():
 
 
 def made_up(effect, contexts=60, each=30):
-    """Positions out of thin air, with gains that D_learn explains by `effect` -> scores, G, args."""
+    """Positions out of thin air, whose gains D_learn explains by `effect` -> scores, G, args."""
     generator, context = clusters(contexts, each)
     n = len(context)
     names = ["H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in (8, 16, 32)), "position"]
