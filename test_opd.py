@@ -3,7 +3,7 @@
 Expected values are brute-force loops in plain Python or numbers worked out by hand.
 """
 
-import json, math, random, re, signal, subprocess, sys
+import json, math, os, random, re, signal, subprocess, sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1568,6 +1568,133 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     assert "| full | 100% | 2 |" in out and "broken" in out
     assert "| before training | 0% | 2 | 0.150 ± 0.071 |" in out
     assert "-0.450 ± 0.071 | - |" in out  # 0.1 - 0.5 and 0.2 - 0.7
+
+
+# ---- The block of README section 8 that puts the selection into TRL, executed as it stands there
+
+
+def trl_block():
+    pytest.importorskip("trl")
+    readme = (HERE / "README.md").read_text()
+    return re.search(r"```python\n(import torch\nfrom trl.*?)```", readme, re.S)[1]
+
+
+TRAINER = """
+import json, sys, torch, opd, test_opd
+exec(test_opd.trl_block())
+from datasets import Dataset
+
+def trainer_of(folder, size, accumulation=1, steps=1):
+    pair = opd.load_pair(f"{folder}/student", f"{folder}/teacher")
+    config = DistillationConfig(
+        output_dir=f"{folder}/out", per_device_train_batch_size=size, max_steps=steps, beta=1.0,
+        gradient_accumulation_steps=accumulation, learning_rate=1e-2, max_completion_length=6,
+        temperature=1.0, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+        disable_tqdm=True, activation_checkpointing=False, shuffle_dataset=False)
+    prompts = Dataset.from_list([{"prompt": f"w{3 + i} w9" + " w8" * (i % 3)} for i in range(24)])
+    return pair, SelectiveDistillationTrainer(
+        model=pair.student, teacher_model=pair.teacher, args=config, train_dataset=prompts,
+        eval_dataset=prompts, processing_class=pair.tokenizer)
+"""
+
+
+@pytest.fixture
+def trl(tmp_path):
+    block = trl_block()
+    for seed, role in enumerate(("student", "teacher")):
+        model = model_of("qwen3", seed, scale=12.0)
+        model.generation_config.eos_token_id = list(range(12))  # for different lengths
+        put(tmp_path / role, model)
+    names = {}
+    exec(TRAINER.replace("exec(test_opd.trl_block())", block), names)
+    return tmp_path, lambda *args: names["trainer_of"](tmp_path, *args)
+
+
+def as_rollout(batch):
+    ids, attention = (
+        torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
+        for name in ("ids", "mask")
+    )
+    mask = batch["completion_mask"] > 0
+    return opd.Rollout(ids, attention, mask, torch.zeros(mask.shape), mask.all(1))
+
+
+def selection_of_opd(pair, rollout, budget=0.1):
+    args = SimpleNamespace(micro_batch_size=99, top_k=16, select="teachability", budget=budget)
+    return opd.select(opd.score(pair, rollout, args), rollout.mask, args, None)
+
+
+def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
+    _, trainer_of = trl
+    pair, trainer = trainer_of(8)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    rollout, keep = as_rollout(batch), batch["tool_mask"] > 0
+    assert torch.equal(keep & rollout.mask, selection_of_opd(pair, rollout))
+    assert batch["num_items_in_batch"] == keep.sum() < rollout.mask.sum()
+    trainer.compute_loss(trainer.model, batch).backward()
+    theirs = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
+    ours = gradient(pair, rollout, keep, 8)
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
+    assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.01)
+
+
+def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_keeps_all(trl):
+    _, trainer_of = trl
+    pair, trainer = trainer_of(4, 2)
+    trainer.model.train()
+    trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    first, second = trainer._buffered_inputs
+    whole = {key: torch.cat([first[key], second[key]]) for key in first if first[key].dim() > 1}
+    keep, rollout = whole["tool_mask"] > 0, as_rollout(whole)
+    assert torch.equal(keep, selection_of_opd(pair, rollout))  # in the shuffled order, too
+    assert first["num_items_in_batch"] == second["num_items_in_batch"] == keep.sum()
+    trainer.model.eval()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    assert "tool_mask" not in batch
+
+
+def test_in_trl_two_processes_select_together_and_stay_the_same(trl):
+    folder, _ = trl
+    code = TRAINER + f"""
+pair, trainer = trainer_of({str(folder)!r}, 4, 1, 2)
+real, batches = trainer._generate_and_score_completions, []
+trainer._generate_and_score_completions = lambda inputs: batches.append(real(inputs)) or batches[-1]
+trainer.train()
+rank = trainer.accelerator.process_index
+weights = torch.cat([w.detach().flatten() for w in pair.student.parameters()])
+torch.save((batches, weights), f"{folder}/rank-{{rank}}.pt")
+"""
+    (folder / "train.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launch, folder / "train.py"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (mine, weights), (other, others) = (torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1))
+    assert len(mine) == 2 and torch.equal(weights, others)
+    start = load_weights(folder / "student")
+    assert not torch.equal(weights, start)
+    pair = opd.load_pair(f"{folder}/student", f"{folder}/teacher")
+    rollouts, keeps = [], []
+    for batch in (mine[0], other[0]):  # the first step: both still have the student's own weights
+        for key in ("prompt_ids", "prompt_mask"):  # to one width
+            batch[key] = torch.nn.functional.pad(batch[key], (8 - batch[key].shape[1], 0))
+        for key in ("completion_ids", "completion_mask", "tool_mask"):
+            batch[key] = torch.nn.functional.pad(batch[key], (0, 6 - batch[key].shape[1]))
+        rollouts.append(as_rollout(batch))
+        keeps.append(batch["tool_mask"] > 0)
+    both, keep = opd.Rollout(*map(torch.cat, zip(*rollouts))), torch.cat(keeps)
+    assert not torch.equal(rollouts[0].ids, rollouts[1].ids)
+    assert torch.equal(keep, selection_of_opd(pair, both))
+    ranked = math.ceil(0.1 * int(both.mask.sum()))
+    assert ranked <= keep.sum() <= ranked + len(keep) and (keep.sum(1) > 0).all()
+    assert mine[0]["num_items_in_batch"] == other[0]["num_items_in_batch"] == keep.sum()
+
+
+def load_weights(folder):
+    return torch.cat([w.flatten() for w in weights_of(folder).values()])
 
 
 # ---- The README
