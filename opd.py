@@ -265,49 +265,43 @@ def measure(pair, batch, size, function):  # -> [N, ...] for each result, withou
     states = [hidden_states(model, batch, size) for model in (pair.student, pair.teacher)]
     return in_chunks(pair, *states, tokens(batch), function)
 
-class Scores(NamedTuple):  # [B, R] each, 0 where no token is; then hidden states for the update
-    H: torch.Tensor  # entropy of p
-    D: torch.Tensor  # divergence
-    C: torch.Tensor  # compatibility
-    kl: torch.Tensor  # reverse KL
-    gap: torch.Tensor  # |log p when scored - log p when sampled|: rounding, if all is well
-    hidden: torch.Tensor  # [N, E] the student's, with their graph if one forward held the batch
-    teacher_hidden: torch.Tensor  # [N, E']
-
-def score(pair, batch, args):  # -> Scores
-    """What the two models say about every valid position of the rollout."""
+def score(pair, batch, args):  # -> {name: [B, R]}, (hidden states of student and teacher)
+    """What the two models say about every valid position of the rollout; 0 at all others."""
     size, k = args.micro_batch_size, args.top_k
     with torch.set_grad_enabled(size >= len(batch.ids)):  # then the update needs no second forward
         hidden = hidden_states(pair.student, batch, size)
     with torch.no_grad():
         teacher_hidden = hidden_states(pair.teacher, batch, size)
         *values, logp = in_chunks(pair, hidden, teacher_hidden, tokens(batch), lambda p, q, y: (
-            entropy(p), divergence(p, q, k), compatibility(p, q, k), reverse_kl(p, q),
+            reverse_kl(p, q), entropy(p), divergence(p, q, k), compatibility(p, q, k),
             -torch.nn.functional.cross_entropy(p, y, reduction="none")))
-    values.append((logp - batch.logp[batch.mask]).abs())
+    values.append((logp - batch.logp[batch.mask]).abs())  # rounding, if all is well
+    names = "kl_all", "entropy", "divergence", "compatibility", "sampling_gap"
     zeros = torch.zeros_like(batch.logp)
-    return Scores(*(zeros.masked_scatter(batch.mask, z) for z in values), hidden, teacher_hidden)
+    return ({name: zeros.masked_scatter(batch.mask, z) for name, z in zip(names, values)},
+            (hidden, teacher_hidden))
 
 def select(scores, mask, args, chance):  # -> [B, R] bool
     """The positions to train on, chosen among those of the whole batch."""
-    ranks = position_scores(args.select, scores.H, scores.D, scores.C, mask, chance)
+    H, D, C = (scores[name] for name in ("entropy", "divergence", "compatibility"))
+    ranks = position_scores(args.select, H, D, C, mask, chance)
     return select_positions(ranks, mask, 1 if args.select == "full" else args.budget)
 
-def update(pair, optimizer, batch, scores, keep, args):  # -> loss, norm of its gradient
+def update(pair, optimizer, batch, hidden, keep, args):  # -> loss, norm of its gradient
     """One step on the mean loss of the kept positions, counted over the whole batch, so that
     micro-batches change nothing. No step is taken where loss or gradient are not finite."""
     def backward(p, q, y):  # a chunk's share of the mean and of its gradient
         loss = token_loss(args.loss, p, q, y) / keep.sum()
         loss.sum().backward()
         return (loss.detach(),)
-    loss, rows, size = 0.0, keep[batch.mask], args.micro_batch_size
+    loss, size = 0.0, args.micro_batch_size
+    mine, theirs = (states[keep[batch.mask]] for states in hidden)
     parts = split(batch._replace(mask=keep), size)
-    targets = scores.teacher_hidden[rows].split([int(part.mask.sum()) for part in parts])
-    for part, target in zip(parts, targets):
-        hidden = (hidden_states(pair.student, part, size) if parts[1:] else scores.hidden[rows])
-        leaf = hidden.detach().requires_grad_()
+    for part, target in zip(parts, theirs.split([int(part.mask.sum()) for part in parts])):
+        states = mine if len(parts) == 1 else hidden_states(pair.student, part, size)
+        leaf = states.detach().requires_grad_()
         loss += float(in_chunks(pair, leaf, target, tokens(part), backward)[0].sum())
-        hidden.backward(leaf.grad)
+        states.backward(leaf.grad)
     norm = float(torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0))
     if math.isfinite(loss + norm):
         optimizer.step()
@@ -317,20 +311,20 @@ def update(pair, optimizer, batch, scores, keep, args):  # -> loss, norm of its 
 def log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr):
     """A line of log.jsonl for each step, a row in the terminal for each tenth of the run."""
     valid, (start, rolled, selected, end) = int(batch.mask.sum()), times
-    H, D, C, kl, gap = (float(z.sum()) / valid for z in scores[:5])
-    row = {"step": step, "loss": loss, "kl_all": kl, "entropy": H, "divergence": D,
-           "compatibility": C, "mean_length": valid / len(keep),
-           "truncated": float(batch.truncated.float().mean()), "seconds": end - start}
-    line = row | {"rollout_seconds": rolled - start, "score_seconds": selected - rolled,
-                  "kept": int(keep.sum()), "valid": valid, "padding": 1 - valid / keep.numel(),
-                  "sampling_gap": gap, "gradient_norm": norm, "lr": lr}
+    means = {name: float(z.sum()) / valid for name, z in scores.items()}
+    line = {"step": step, "loss": loss, **means, "mean_length": valid / len(keep),
+            "truncated": float(batch.truncated.float().mean()), "seconds": end - start,
+            "rollout_seconds": rolled - start, "score_seconds": selected - rolled,
+            "kept": int(keep.sum()), "valid": valid, "padding": 1 - valid / keep.numel(),
+            "gradient_norm": norm, "lr": lr}
+    shown = [name for name in list(line)[:10] if name != "sampling_gap"]
     with open(out / "log.jsonl", "a") as file:
         if not file.tell():  # the first line gets a heading
-            tqdm.write("  ".join(f"{name:>7}" for name in row))
+            tqdm.write("  ".join(f"{name:>7}" for name in shown))
         file.write(json.dumps(line) + "\n")
     if step % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
-        tqdm.write("  ".join(f"{row[name]:{max(7, len(name))}.4g}" for name in row))
-    bar.set_postfix(kl_all=f"{kl:.4f}", refresh=False)
+        tqdm.write("  ".join(f"{line[name]:{max(7, len(name))}.4g}" for name in shown))
+    bar.set_postfix(kl_all=f"{means['kl_all']:.4f}", refresh=False)
 
 # ---- Training, and what it changed.
 def train(pair, examples, args, out):
@@ -349,11 +343,11 @@ def train(pair, examples, args, out):
         prompts = [examples[order[n % len(order)]][0] for n in numbers]
         batch = rollout(pair, prompts, args.max_new_tokens)
         times.append(time.time())
-        scores = score(pair, batch, args)
+        scores, hidden = score(pair, batch, args)
         keep = select(scores, batch.mask, args, chance.manual_seed(seed))
         times.append(time.time())
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
-        loss, norm = update(pair, optimizer, batch, scores, keep, args)
+        loss, norm = update(pair, optimizer, batch, hidden, keep, args)
         if not math.isfinite(loss + norm):
             fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
         times.append(time.time())

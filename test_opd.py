@@ -476,7 +476,8 @@ def gradient(pair, batch, keep, size, kind="reverse_kl"):
     args = SimpleNamespace(loss=kind, micro_batch_size=size, top_k=4)
     idle = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
     pair.student.zero_grad()
-    _, norm = opd.update(pair, idle, batch, opd.score(pair, batch, args), keep, args)
+    _, hidden = opd.score(pair, batch, args)
+    _, norm = opd.update(pair, idle, batch, hidden, keep, args)
     flat = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
     return flat * max(1.0, norm + 1e-6)
 
@@ -1621,7 +1622,8 @@ def as_rollout(batch):
 
 def selection_of_opd(pair, rollout, budget=0.1):
     args = SimpleNamespace(micro_batch_size=99, top_k=16, select="teachability", budget=budget)
-    return opd.select(opd.score(pair, rollout, args), rollout.mask, args, None)
+    scores, _ = opd.score(pair, rollout, args)
+    return opd.select(scores, rollout.mask, args, None)
 
 
 def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
