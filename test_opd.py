@@ -5,6 +5,7 @@ Expected values are brute-force loops in plain Python or numbers worked out by h
 
 import json, math, os, random, re, signal, subprocess, sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import diagnose
 import opd
@@ -20,71 +21,54 @@ import opd
 HERE = Path(__file__).parent
 V = 64  # vocabulary of the tiny models
 
-
 def softmax(scores):
     top = max(scores)
     powers = [math.exp(s - top) for s in scores]
     return [x / sum(powers) for x in powers]
 
-
 def top(probabilities, k):
     return set(sorted(range(len(probabilities)), key=lambda v: -probabilities[v])[:k])
-
 
 def logits(*shape, seed=0, scale=2.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
-
 def rows(tensor):
     return tensor.reshape(-1, tensor.shape[-1]).double().tolist()
 
-
 # ---- The mathematics
-
 
 def test_entropy_and_both_kl_directions_agree_with_loops():
     s, t = logits(2, 3, 7), logits(2, 3, 7, seed=1)
-    for a, b, h, forward, reverse in zip(
-        rows(s),
-        rows(t),
-        opd.entropy(s).flatten(),
-        opd.forward_kl(s, t).flatten(),
-        opd.reverse_kl(s, t).flatten(),
-    ):
+    found = opd.entropy(s), opd.forward_kl(s, t), opd.reverse_kl(s, t)
+    for a, b, h, forward, reverse in zip(rows(s), rows(t), *(z.flatten() for z in found)):
         p, q = softmax(a), softmax(b)
         assert h == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-5)
         assert forward == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
         assert reverse == pytest.approx(sum(x * math.log(x / y) for x, y in zip(p, q)), abs=1e-5)
-    assert opd.entropy(s).shape == opd.forward_kl(s, t).shape == (2, 3)
-
+    assert {z.shape for z in found} == {(2, 3)}
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_divergence_and_compatibility_agree_with_loops_over_sets(k):
     s, t = logits(4, 5, 9), logits(4, 5, 9, seed=1)
-    for a, b, d, c in zip(
-        rows(s), rows(t), opd.divergence(s, t, k).flatten(), opd.compatibility(s, t, k).flatten()
-    ):
+    found = opd.divergence(s, t, k).flatten(), opd.compatibility(s, t, k).flatten()
+    for a, b, d, c in zip(rows(s), rows(t), *found):
         p, q = softmax(a), softmax(b)
         union = top(p, k) | top(q, k)
         p_union, q_union = sum(p[v] for v in union), sum(q[v] for v in union)
-        assert d == pytest.approx(
-            sum(q[v] / q_union * math.log(q[v] / q_union * p_union / p[v]) for v in union), abs=1e-5
-        )
+        kl = sum(q[v] / q_union * math.log(q[v] / q_union * p_union / p[v]) for v in union)
+        assert d == pytest.approx(kl, abs=1e-5)
         assert c == pytest.approx(sum(q[v] for v in top(p, k)), abs=1e-5)
-
 
 def test_union_counts_shared_ids_once():
     # Both top-2 sets are {0, 1}; on it p = (3/4, 1/4) and q = (1/4, 3/4): KL = 1/2 ln 3.
     p, q = torch.tensor([0.6, 0.2, 0.1, 0.1]), torch.tensor([0.2, 0.6, 0.1, 0.1])
     assert opd.divergence(p.log(), q.log(), 2) == pytest.approx(0.5 * math.log(3), abs=1e-6)
 
-
 def test_divergence_uses_the_exact_student_probability_of_the_teachers_tokens():
     # K = 1: U = {0, 3}; on it p = (0.9, 0.1), q = (0.25, 0.75). With p(3) = 0, D were infinite.
     p, q = torch.tensor([0.72, 0.1, 0.1, 0.08]), torch.tensor([0.2, 0.1, 0.1, 0.6])
     expected = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.75 / 0.1)
     assert opd.divergence(p.log(), q.log(), 1) == pytest.approx(expected, abs=1e-5)
-
 
 def test_k_larger_than_the_vocabulary_means_the_whole_vocabulary():
     s, t = logits(3, 6), logits(3, 6, seed=1)
@@ -93,24 +77,20 @@ def test_k_larger_than_the_vocabulary_means_the_whole_vocabulary():
         p, q = softmax(a), softmax(b)
         assert d == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
 
-
 @pytest.mark.parametrize("function", [opd.divergence, opd.compatibility])
 @pytest.mark.parametrize("k", [0, -1])
 def test_a_support_of_no_tokens_is_refused_instead_of_giving_zeros(function, k):
     with pytest.raises(ValueError, match="k must be"):
         function(logits(3, 6), logits(3, 6, seed=1), k)
 
-
 def test_bf16_logits_are_cast_before_the_softmax():
     s = logits(50, 200).bfloat16()
     t = (s.float() + 0.05 * logits(50, 200, seed=1)).bfloat16()
     for f in (opd.forward_kl, opd.reverse_kl, lambda s, t: opd.divergence(s, t, 8)):
         exact = f(s.double().float(), t.double().float())
-        assert (
-            f(s, t).dtype == torch.float32 and torch.equal(f(s, t), exact) and (exact > -1e-6).all()
-        )
+        assert (f(s, t).dtype == torch.float32 and torch.equal(f(s, t), exact)
+                and (exact > -1e-6).all())
     assert opd.entropy(s).dtype == opd.compatibility(s, t, 8).dtype == torch.float32
-
 
 def test_extreme_logits_give_finite_values_and_gradients():
     s = torch.tensor([[80.0, -80.0, 0.0, 0.0]], requires_grad=True)
@@ -119,36 +99,27 @@ def test_extreme_logits_give_finite_values_and_gradients():
         (gradient,) = torch.autograd.grad(loss.sum(), s)
         assert loss.isfinite().all() and gradient.isfinite().all()
 
-
 def test_each_function_of_the_mathematics_runs_alone_when_pasted():
     source = (HERE / "opd.py").read_text()
     s, t = logits(3, 6), logits(3, 6, seed=1)
     mask = torch.ones(3, 6) > 0
     for name, arguments in {
-        "entropy": (s,),
-        "forward_kl": (s, t),
-        "reverse_kl": (s, t),
-        "divergence": (s, t, 2),
-        "compatibility": (s, t, 2),
-        "robust_normalize": (s, mask),
-        "select_positions": (s, mask, 0.3),
-        "response_mask": (torch.tensor([[5, 0, 7]]), [0]),
-    }.items():
+            "entropy": (s,), "forward_kl": (s, t), "reverse_kl": (s, t), "divergence": (s, t, 2),
+            "compatibility": (s, t, 2), "robust_normalize": (s, mask),
+            "select_positions": (s, mask, 0.3), "response_mask": (torch.tensor([[5, 0, 7]]), [
+                0])}.items():
         alone = {"torch": torch, "math": math, "numpy": np}  # the imports, and no other function
         exec(re.search(rf"^def {name}\(.*?(?=^def |^# ----|\Z)", source, re.M | re.S)[0], alone)
         assert torch.equal(alone[name](*arguments), getattr(opd, name)(*arguments))
-
 
 def quantile(values, share):
     values, at = sorted(values), share * (len(values) - 1)
     below = int(at)
     return values[below] + (values[min(below + 1, len(values) - 1)] - values[below]) * (at - below)
 
-
 def normalized(values, valid):
     low, high = quantile(valid, 0.05), quantile(valid, 0.95)
     return [min(max((z - low) / (high - low), 0.0), 1.0) for z in values]
-
 
 def test_robust_normalize_interpolates_quantiles_of_valid_positions_only():
     # Valid 0 .. 20: Q05 = 1, Q95 = 19, so 10 becomes 1/2 and 4 becomes 1/6; the 1000 is padding.
@@ -157,23 +128,17 @@ def test_robust_normalize_interpolates_quantiles_of_valid_positions_only():
     assert out[[0, 1, 19, 20, 21]].tolist() == [0, 0, 1, 1, 0]
     assert out[10] == pytest.approx(0.5) and out[4] == pytest.approx(1 / 6)
 
-
 def test_robust_normalize_of_constant_single_and_no_values_is_zero():
     ones = torch.ones(2, 3)
     assert opd.robust_normalize(ones * 7, ones > 0).tolist() == [[0] * 3] * 2
     assert opd.robust_normalize(ones, torch.tensor([[True, False, False], [False] * 3])).sum() == 0
     assert opd.robust_normalize(ones, ones < 0).sum() == 0
 
-
 def test_robust_normalize_takes_more_values_than_torch_quantile_does():
     values = torch.arange(16_777_217 + 1.0).flip(0)[None]
     out = opd.robust_normalize(values, values > -1)
-    assert (
-        out.max() == 1
-        and out.min() == 0
-        and out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3)
-    )
-
+    assert (out.max() == 1 and out.min() == 0
+            and out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3))
 
 def grids(seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -181,27 +146,20 @@ def grids(seed=0):
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
     return H, D, C, mask
 
-
 def test_every_method_scores_as_its_row_of_the_table():
     H, D, C, mask = grids()
     h, d, c = (normalized(z[mask].tolist(), z[mask].tolist()) for z in (H, D, C))
     table = {
         "teachability": lambda h, d, c: d * c,
-        "teachability_entropy": lambda h, d, c: h + d * c - h * d * c,
-        "entropy": lambda h, d, c: h,
-        "divergence": lambda h, d, c: d,
-        "tip": lambda h, d, c: h + d - h * d,
-        "compatibility": lambda h, d, c: c,
-        "incompatible": lambda h, d, c: d * (1 - c),
-        "full": lambda h, d, c: 0,
-    }
+        "teachability_entropy": lambda h, d, c: h + d * c - h * d * c, "entropy": lambda h, d, c: h,
+        "divergence": lambda h, d, c: d, "tip": lambda h, d, c: h + d - h * d,
+        "compatibility": lambda h, d, c: c, "incompatible": lambda h, d, c: d * (1 - c),
+        "full": lambda h, d, c: 0}
     assert set(table) | {"random"} == set(opd.METHODS)
     for method, formula in table.items():
         expected = [formula(*z) for z in zip(h, d, c)]
         assert opd.position_scores(method, H, D, C, mask)[mask].tolist() == pytest.approx(
-            expected, abs=1e-5
-        )
-
+            expected, abs=1e-5)
 
 def test_soft_or_ties_exactly_where_entropy_is_saturated():
     H, D, C, mask = grids()
@@ -209,36 +167,30 @@ def test_soft_or_ties_exactly_where_entropy_is_saturated():
     for method in ("tip", "teachability_entropy"):
         assert opd.position_scores(method, H, D, C, mask)[:, 0].tolist() == [1.0] * 4
 
-
 def test_learnable_and_incompatible_add_up_to_the_disagreement():
     H, D, C, mask = grids()
     score = lambda method: opd.position_scores(method, H, D, C, mask)
     assert torch.allclose(
-        score("teachability") + score("incompatible"), score("divergence"), atol=1e-6
-    )
-
+        score("teachability") + score("incompatible"), score("divergence"), atol=1e-6)
 
 def test_random_scores_follow_their_generator_and_unknown_methods_are_refused():
     H, D, C, mask = grids()
-    draw = lambda seed: opd.position_scores(
-        "random", H, D, C, mask, torch.Generator().manual_seed(seed)
-    )
+    draw = lambda seed: opd.position_scores("random", H, D, C, mask,
+                                            torch.Generator().manual_seed(seed))
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     with pytest.raises(ValueError, match="nonsense.*teachability"):
         opd.position_scores("nonsense", H, D, C, mask)
-
 
 def brute_force_selection(scores, mask, budget):
     valid = [(r, t) for r, row in enumerate(mask) for t, ok in enumerate(row) if ok]
     ranked = sorted(valid, key=lambda at: -scores[at[0]][at[1]])  # stable: ties stay in order
     n = len(valid)
-    keep = set(ranked[: next(m for m in range(n + 1) if m >= budget * n - 1e-9)])
+    keep = set(ranked[:next(m for m in range(n + 1) if m >= budget * n - 1e-9)])
     for r in range(len(mask)):
         own = [at for at in ranked if at[0] == r]
         if own and not keep & set(own):
             keep.add(own[0])
     return keep
-
 
 def test_selection_agrees_with_brute_force_also_with_ties_and_empty_rows():
     for seed in range(60):
@@ -248,33 +200,26 @@ def test_selection_agrees_with_brute_force_also_with_ties_and_empty_rows():
         mask = [[t < n for t in range(R)] for n in (dice.randint(0, R) for _ in range(B))]
         budget = dice.choice([0.03, 0.1, 0.29, 0.5, 1])
         keep = opd.select_positions(torch.tensor(scores), torch.tensor(mask), budget)
-        assert set(map(tuple, keep.nonzero().tolist())) == brute_force_selection(
-            scores, mask, budget
-        )
-
+        assert set(map(tuple,
+                       keep.nonzero().tolist())) == brute_force_selection(scores, mask, budget)
 
 def test_budget_counts_are_free_of_float_noise():
     scores, mask = torch.rand(1, 100), torch.ones(1, 100) > 0
     for budget, expected in ((0.07, 7), (0.29, 29), (0.055, 6), (1e-9, 1), (1, 100)):
-        assert (
-            opd.select_positions(scores, mask, budget).sum() == expected
-        )  # 0.07 * 100 > 7 in floats
-
+        # 0.07 * 100 > 7 in floats
+        assert opd.select_positions(scores, mask, budget).sum() == expected
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.0001, math.nan])
 def test_a_budget_outside_its_range_is_refused(budget):
     with pytest.raises(ValueError, match="budget"):
         opd.select_positions(torch.rand(2, 2), torch.ones(2, 2) > 0, budget)
 
-
 def test_response_mask_ends_with_the_first_eos_of_several_even_if_pad_is_eos():
     responses = torch.tensor([[5, 6, 2, 2, 2], [9, 5, 2, 5, 5], [5, 5, 5, 5, 5], [2, 5, 9, 5, 5]])
     assert opd.response_mask(responses, [2, 9]).sum(1).tolist() == [3, 1, 5, 1]
     assert opd.response_mask(responses, []).all()
 
-
 # ---- The losses
-
 
 def test_identical_models_have_no_loss_and_no_gradient():
     s = logits(5, 11).requires_grad_()
@@ -282,7 +227,6 @@ def test_identical_models_have_no_loss_and_no_gradient():
         loss = opd.token_loss(kind, s, s.detach().clone(), torch.arange(5))
         (gradient,) = torch.autograd.grad(loss.sum(), s)
         assert loss.abs().max() == 0 and gradient.abs().max() < 1e-6
-
 
 def test_expected_sampled_gradient_is_the_reverse_kl_gradient():
     s, t = logits(6).double().requires_grad_(), logits(6, seed=1)
@@ -293,16 +237,13 @@ def test_expected_sampled_gradient_is_the_reverse_kl_gradient():
     (exact,) = torch.autograd.grad(opd.reverse_kl(s.float(), t), s)
     assert torch.allclose(expected, exact.float(), atol=1e-5) and exact.abs().max() > 0.1
 
-
 def test_reverse_kl_gradient_is_the_formula_of_the_readme():
     s, t = logits(7).requires_grad_(), logits(7, seed=1)
     p, q = softmax(s.tolist()), softmax(t.tolist())
     kl = sum(x * math.log(x / y) for x, y in zip(p, q))
     (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t), s)
-    assert gradient.tolist() == pytest.approx(
-        [x * (math.log(x / y) - kl) for x, y in zip(p, q)], abs=1e-5
-    )
-
+    expected = [x * (math.log(x / y) - kl) for x, y in zip(p, q)]
+    assert gradient.tolist() == pytest.approx(expected, abs=1e-5)
 
 def test_a_token_without_student_mass_gets_gradient_from_forward_kl_only():
     s, t = torch.tensor([4.0, 3.0, -20.0], requires_grad=True), torch.tensor([0.0, 0.0, 6.0])
@@ -310,144 +251,95 @@ def test_a_token_without_student_mass_gets_gradient_from_forward_kl_only():
     (forward,) = torch.autograd.grad(opd.forward_kl(s, t), s)
     assert abs(reverse[2]) < 1e-6 and forward[2] < -0.9
 
-
 # ---- Tiny models of three families
-
 
 def tokenizer_of(size=V, **special):
     words = {"<eos>": 0, "<s>": 1, "<end>": 2, **{f"w{i}": i for i in range(3, size)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, **{"eos_token": "<eos>", "pad_token": "<eos>", **special}
-    )
-
+        tokenizer_object=inner, **{"eos_token": "<eos>", "pad_token": "<eos>", **special})
 
 def model_of(family, seed=0, vocab=V, width=16, scale=3.0, **more):
     torch.manual_seed(seed)
     if family == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=vocab,
-            n_embd=width,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            eos_token_id=0,
-            bos_token_id=None,
-            **more,
-        )
+        config = transformers.GPT2Config(vocab_size=vocab, n_embd=width, n_layer=2, n_head=2,
+                                         n_positions=64, eos_token_id=0, bos_token_id=None, **more)
     else:
         name = {"qwen3": "Qwen3", "llama": "Llama", "gemma2": "Gemma2"}[family]
         config = getattr(transformers, f"{name}Config")(
-            vocab_size=vocab,
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            head_dim=8,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            eos_token_id=0,
-            bos_token_id=None,
-            pad_token_id=0,
-            tie_word_embeddings=True,
-            **more,
-        )
+            vocab_size=vocab, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+            head_dim=8, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+            eos_token_id=0, bos_token_id=None, pad_token_id=0, tie_word_embeddings=True, **more)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.get_output_embeddings().weight.data.mul_(scale)  # otherwise every distribution is flat
     return model
-
 
 def put(folder, model, tokenizer=None):
     model.save_pretrained(folder)
     (tokenizer or tokenizer_of()).save_pretrained(folder)
     return str(folder)
 
-
 def prompts_file(path, count=12, **more):
     dice = random.Random(0)
     with open(path, "w") as file:
         for i in range(count):
             words = " ".join(f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5))
-            file.write(
-                json.dumps(
-                    {"prompt": words, "answer": f"w{3 + i}", **more}
-                )
-                + "\n"
-            )
+            file.write(json.dumps({"prompt": words, "answer": f"w{3 + i}", **more}) + "\n")
     return str(path)
-
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for family in ("qwen3", "llama", "gpt2"):
         put(folder / f"{family}-student", model_of(family, seed=1))
-        put(
-            folder / f"{family}-teacher",
-            model_of(family, seed=2, width=24 if family == "gpt2" else 16),
-        )
+        put(folder / f"{family}-teacher",
+            model_of(family, seed=2, width=24 if family == "gpt2" else 16))
     prompts_file(folder / "prompts.jsonl")
     return folder
 
-
 def flags(store, out, *more, family="qwen3"):
     return [
-        "--student",
-        f"{store}/{family}-student",
-        "--teacher",
-        f"{store}/{family}-teacher",
-        "--prompts",
-        f"{store}/prompts.jsonl",
-        "--steps",
-        "3",
-        "--batch-size",
-        "4",
-        "--max-new-tokens",
-        "6",
-        "--lr",
-        "1e-3",
-        "--eval-prompts",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *map(str, more),
-    ]
-
+        "--student", f"{store}/{family}-student", "--teacher", f"{store}/{family}-teacher",
+        "--prompts", f"{store}/prompts.jsonl", "--steps", "3", "--batch-size", "4",
+        "--max-new-tokens", "6", "--lr", "1e-3", "--eval-prompts", "4", "--device", "cpu", "--out",
+        str(out), *map(str, more)]
 
 def run(store, out, *more, family="qwen3"):
     opd.main(opd.parse_args(flags(store, out, *more, family=family)))
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
-
 def weights_of(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).state_dict()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.state_dict()
 
+def load_weights(folder):
+    return torch.cat([w.flatten() for w in weights_of(folder).values()])
 
 def same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return torch.equal(load_weights(a), load_weights(b))
 
+@contextmanager
+def one_line(capsys, says, status=2):
+    """What stands inside must stop the program with this status and one clear line at the end."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    error = capsys.readouterr().err
+    assert stop.value.code == status and "Traceback" not in error
+    assert error.startswith("error: ") or error.count("\nerror: ") == 1
+    assert re.search(says, error.strip().splitlines()[-1])
 
 def timeless(log):
     return [{key: value for key, value in line.items() if "seconds" not in key} for line in log]
 
-
 def load(store, family="qwen3", **more):
     return opd.load_pair(f"{store}/{family}-student", f"{store}/{family}-teacher", **more)
 
-
 PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
-
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes_nothing(
-    store, family, monkeypatch
-):
+        store, family, monkeypatch):
     pair = load(store, family)
     torch.manual_seed(0)
     batch = opd.rollout(pair, PROMPTS, 6)
@@ -457,19 +349,16 @@ def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding, through the whole model
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
         for model, ours in ((pair.student, p), (pair.teacher, q)):
-            own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            assert torch.allclose(ours[at : at + len(response)], own, atol=1e-4)
-        assert y[at : at + len(response)].tolist() == response
+            own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+            assert torch.allclose(ours[at:at + len(response)], own, atol=1e-4)
+        assert y[at:at + len(response)].tolist() == response
         at += len(response)
     assert at == len(y)
 
-
 def test_a_family_that_caps_its_logits_is_refused(tmp_path, capsys):
     path = put(tmp_path / "gemma", model_of("gemma2", scale=30.0, final_logit_softcapping=5.0))
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, "gemma2"):
         opd.load_pair(path, path)
-    assert stop.value.code == 2 and "gemma2" in capsys.readouterr().err
-
 
 def gradient(pair, batch, keep, size, kind="reverse_kl"):
     """What one update hands to its optimizer, with the clipping undone."""
@@ -481,11 +370,9 @@ def gradient(pair, batch, keep, size, kind="reverse_kl"):
     flat = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
     return flat * max(1.0, norm + 1e-6)
 
-
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_model(
-    store, family, monkeypatch
-):
+        store, family, monkeypatch):
     pair = load(store, family)
     torch.manual_seed(0)
     batch = opd.rollout(pair, PROMPTS, 6)
@@ -496,16 +383,13 @@ def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_mode
     losses = []
     for b, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt + batch.ids[b, 5:].tolist()])
-        p, q = (
-            model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            for model in (pair.student, pair.teacher)
-        )
+        p, q = (model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+                for model in (pair.student, pair.teacher))
         losses += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p)) if keep[b, t]]
     (sum(losses) / len(losses)).backward()
     expected = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
     assert torch.allclose(ours, expected, atol=1e-5) and expected.abs().max() > 1e-3
     assert all(w.grad is None for w in pair.teacher.parameters())
-
 
 def test_gradient_does_not_depend_on_the_micro_batches(store):
     pair = load(store)
@@ -516,18 +400,14 @@ def test_gradient_does_not_depend_on_the_micro_batches(store):
     for size in (1, 2):
         assert torch.allclose(gradient(pair, batch, keep, size), whole, atol=1e-6)
 
-
 def test_micro_batches_of_the_command_line_change_nothing_but_rounding(store, tmp_path):
     more = ["--lr", 3e-2, "--steps", 5]  # enough for a wrong gradient to show in the losses
     logs = [run(store, tmp_path / size, "--micro-batch-size", size, *more) for size in "124"]
-    for log in logs[:2]:
-        assert [line["loss"] for line in log] == pytest.approx(
-            [line["loss"] for line in logs[2]], abs=1e-4
-        )
-
+    *small, whole = ([line["loss"] for line in log] for log in logs)
+    for losses in small:
+        assert losses == pytest.approx(whole, abs=1e-4)
 
 # ---- Rollouts
-
 
 def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
     model = model_of("qwen3", vocab=300, scale=5.0)  # nearly uniform, without ties
@@ -539,22 +419,18 @@ def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
     drawn = torch.bincount(opd.tokens(batch), minlength=300)
     assert (drawn > 0).sum() > 290  # about ten draws a token
 
-
 def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
     cold, warm = (opd.load_pair(path, path, temperature=t) for t in (0.25, 1.0))
     torch.manual_seed(0)
     batch = opd.rollout(cold, [[5]] * 4000, 1)
-    scored, plain = (
-        opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q))
-        for pair in (cold, warm)
-    )
+    one = opd.split(batch, 1)[0]
+    scored, plain = (opd.measure(pair, one, 1, lambda p, q, y: (p, q)) for pair in (cold, warm))
     expected = torch.softmax(4 * plain[0][0], -1)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
     for ours in scored:  # the student's and the teacher's
         assert torch.allclose(ours[0].softmax(-1), expected, atol=1e-5)
     assert (drawn - expected).abs().max() < 0.04 and expected.max() > 0.1
-
 
 def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp_path):
     student = put(tmp_path / "wide", model_of("gpt2", vocab=V + 9))
@@ -564,16 +440,14 @@ def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp
     assert batch.logp.shape == batch.mask.shape
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
-        own = pair.student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 :]
+        own = pair.student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:]
         for row, y, logp in zip(rows(own[:, :V] / 0.7), response, batch.logp[b]):
             assert logp == pytest.approx(math.log(softmax(row)[y]), abs=1e-4)
-
 
 def test_the_log_tells_how_far_sampling_and_scoring_are_apart(store, tmp_path, monkeypatch):
     more = ["--temperature", 0.8]
     assert all(line["sampling_gap"] < 1e-5 for line in run(store, tmp_path / "a", *more))
     real = opd.rollout
-
     def elsewhere(*args):  # as if every token had been drawn with a quarter nat more
         batch = real(*args)
         return batch._replace(logp=batch.logp + 0.25)
@@ -581,7 +455,6 @@ def test_the_log_tells_how_far_sampling_and_scoring_are_apart(store, tmp_path, m
     monkeypatch.setattr(opd, "rollout", elsewhere)
     for line in run(store, tmp_path / "b", *more):
         assert line["sampling_gap"] == pytest.approx(0.25, abs=1e-4)
-
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(store, family):
@@ -598,7 +471,6 @@ def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(stor
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
 
-
 def test_sampled_ids_are_the_scored_ids_and_never_pass_through_text(store, monkeypatch):
     pair = load(store)
     monkeypatch.setattr(type(pair.tokenizer), "decode", None)
@@ -606,7 +478,6 @@ def test_sampled_ids_are_the_scored_ids_and_never_pass_through_text(store, monke
     batch = opd.rollout(pair, PROMPTS, 4)
     assert batch.ids[0, :5].tolist() == PROMPTS[0] and batch.ids[1, 4] == 5
     assert batch.attention[:, :5].sum(1).tolist() == [5, 1, 3]
-
 
 def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
     narrow = put(tmp_path / "narrow", model_of("qwen3"))
@@ -618,15 +489,12 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
         p, q = opd.measure(pair, batch, 40, lambda p, q, y: (p, q))
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
-
 def test_padding_rows_beyond_the_tokenizer_may_be_sampled(store, tmp_path):
     paths = [
         put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
-        for name, seed in (("s", 1), ("t", 2))
-    ]
+        for name, seed in (("s", 1), ("t", 2))]
     log = run(store, tmp_path / "out", "--student", paths[0], "--teacher", paths[1])
     assert all(math.isfinite(value) for line in log for value in line.values())
-
 
 def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     student, teacher = model_of("qwen3", scale=0.0), model_of("qwen3", seed=1)
@@ -636,12 +504,10 @@ def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     torch.manual_seed(0)
     batch = opd.rollout(pair, [[5]] * 200, 30)
     responses = batch.ids[:, 1:]
-    assert ((responses == 2) & batch.mask).any() and not (
-        responses[:, 1:][batch.mask[:, :-1] & (responses[:, :-1] == 2)]
-    ).any()
+    teachers_end = (responses == 2) & batch.mask
+    assert teachers_end.any() and not responses[:, 1:][teachers_end[:, :-1]].any()
     ended = torch.isin(responses, torch.tensor([0, 2])).any(1)
     assert torch.equal(batch.truncated, ~ended) and ended.any() and not ended.all()
-
 
 def test_missing_pad_token_is_filled_in(tmp_path):
     tokenizer = tokenizer_of(pad_token=None)
@@ -654,78 +520,42 @@ def test_missing_pad_token_is_filled_in(tmp_path):
     pair = opd.load_pair(path, path)
     assert pair.eos_ids == [] and opd.rollout(pair, PROMPTS, 3).truncated.all()
 
-
 # ---- Prompts
-
 
 def read(tmp_path, pair, *records, longest=None, room=6):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return opd.read_prompts(path, pair, longest, room)
 
-
 def test_bos_is_added_once_whoever_brings_it(store, tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
-    pair = load(store)
     tokenizer = tokenizer_of(bos_token="<s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.chat_template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}<end>"
-    pair = pair._replace(tokenizer=tokenizer)
-    examples = read(
-        tmp_path,
-        pair,
-        {"prompt": "w5 w6", "answer": "w7"},
-        {"prompt": "<s> w5 w6"},
-        {"messages": [{"role": "user", "content": "w5 w6"}]},
-    )
+    pair = load(store)._replace(tokenizer=tokenizer)
+    examples = read(tmp_path, pair, {"prompt": "w5 w6", "answer": "w7"}, {"prompt": "<s> w5 w6"},
+                    {"messages": [{"role": "user", "content": "w5 w6"}]})
     assert examples == [([1, 5, 6], "w7"), ([1, 5, 6], None), ([1, 5, 6, 2], None)]
-
 
 def test_long_prompts_keep_their_last_tokens(store, tmp_path):
     assert read(tmp_path, load(store), {"prompt": "w3 w4 w5 w6"}, longest=2) == [([5, 6], None)]
 
-
-@pytest.mark.parametrize(
-    "response,answer,right",
-    [
-        ("First 7, then 9.", "9", True),
-        ("So it makes 1,234.", "1234", True),
-        ("1234", "about 1,234.", True),
-        ("12,34", "1234", False),
-        (r"\boxed{42}", "The answer is 42.", True),
-        ("from 5 to -3", "-3", True),
-        ("from 5 to 3", "-3", False),
-        ("5-3", "3", True),
-        ("0.50 litres", "0.5", True),
-        ("9 or 10", "9", False),
-        ("no number at all", "9", False),
-        ("", "9", False),
-        ("It is Paris.", "Paris", True),
-        ("Paris is large", "Paris", False),
-        ("", "Paris", False),
-    ],
-)
+@pytest.mark.parametrize("response,answer,right", [
+    ("First 7, then 9.", "9", True), ("9 or 10", "9", False), ("no number at all", "9", False),
+    ("So it makes 1,234.", "1234", True), ("1234", "about 1,234.", True), ("12,34", "1234", False),
+    (r"\boxed{42}", "The answer is 42.", True), ("0.50 litres", "0.5", True), ("", "9", False),
+    ("from 5 to -3", "-3", True), ("from 5 to 3", "-3", False), ("5-3", "3", True),
+    ("It is Paris.", "Paris", True), ("Paris is large", "Paris", False), ("", "Paris", False)])
 def test_an_answer_is_right_if_its_last_number_is_the_responses_last(response, answer, right):
     assert opd.is_right(response, answer) is right
 
-
 # ---- The program
 
-
-@pytest.mark.parametrize(
-    "family,loss,method",
-    [
-        ("qwen3", "reverse_kl", "teachability"),
-        ("llama", "sampled", "tip"),
-        ("gpt2", "forward_kl", "random"),
-    ],
-)
+@pytest.mark.parametrize("family,loss,method", [
+    ("qwen3", "reverse_kl", "teachability"), ("llama", "sampled", "tip"),
+    ("gpt2", "forward_kl", "random")])
 def test_a_real_run_leaves_a_student_a_log_and_a_summary(
-    store, tmp_path, family, loss, method, capsys
-):
+        store, tmp_path, family, loss, method, capsys):
     log = run(store, tmp_path / "out", "--loss", loss, "--select", method, family=family)
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(math.isfinite(value) for line in log for value in line.values())
@@ -736,12 +566,10 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
         assert list(summary[when])[:2] == ["accuracy", "reverse_kl"]
         assert all(math.isfinite(value) for value in summary[when].values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
-    assert tokenizer("w5").input_ids == [5] and not same_weights(
-        store / f"{family}-student", tmp_path / "out" / "student"
-    )
+    assert tokenizer("w5").input_ids == [
+        5] and not same_weights(store / f"{family}-student", tmp_path / "out" / "student")
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
-
 
 def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(store, tmp_path, capsys):
     log = run(store, tmp_path / "out", "--steps", 21)
@@ -754,7 +582,6 @@ def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(store, 
         assert found == pytest.approx(expected, rel=1e-3)
         assert len(line) == len(heading)
 
-
 def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     pair = load(store)
     args = opd.parse_args(flags(store, "unused", "--batch-size", 3))
@@ -766,10 +593,8 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     measured = opd.evaluate(pair, list(zip(prompts, answers)), args)
     values = []
     for b, prompt in enumerate(prompts):
-        p, q = (
-            model(batch.ids[b : b + 1, 3 - len(prompt) :]).logits[0]
-            for model in (pair.student, pair.teacher)
-        )
+        p, q = (model(batch.ids[b:b + 1, 3 - len(prompt):]).logits[0]
+                for model in (pair.student, pair.teacher))
         for t in range(int(batch.mask[b].sum())):
             x, y = (softmax(rows(z)[len(prompt) - 1 + t]) for z in (p, q))
             reverse = sum(a * math.log(a / b) for a, b in zip(x, y))
@@ -783,32 +608,23 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     assert measured["truncated"] == sum(0 not in batch.ids[b, 3:] for b in range(3)) / 3
     assert repr(texts[0].removesuffix(" <eos>")) in capsys.readouterr().out  # the printed sample
 
-
 def test_without_answers_there_is_no_accuracy(store, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
     run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert "accuracy" not in summary["after"] and "reverse_kl" in summary["after"]
 
-
 def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
-    a, b, c = (
-        timeless(run(store, tmp_path / name, "--seed", seed))
-        for name, seed in (("a", 3), ("b", 3), ("c", 4))
-    )
-    assert (
-        a == b and a != c and same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
-    )
-
+    a, b, c = (timeless(run(store, tmp_path / name, "--seed", seed))
+               for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    assert same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
+    assert a == b and a != c
 
 def test_the_seed_changes_the_samples_and_not_only_the_order_of_the_prompts(store, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 12)
-    a, b = (
-        run(store, tmp_path / seed, "--seed", seed, "--prompts", tmp_path / "p.jsonl")
-        for seed in "34"
-    )
+    a, b = (run(store, tmp_path / seed, "--seed", seed, "--prompts", tmp_path / "p.jsonl")
+            for seed in "34")
     assert a[0]["kl_all"] != b[0]["kl_all"]
-
 
 def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
     full = timeless(run(store, tmp_path / "full", "--select", "full"))
@@ -817,43 +633,24 @@ def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
         assert same_weights(tmp_path / "full" / "student", tmp_path / method / "student")
     assert full[0]["kept"] == full[0]["valid"]
 
-
 def test_logged_loss_is_the_mean_over_the_kept_positions_of_the_whole_step(store, tmp_path):
     log = run(store, tmp_path / "out", "--select", "full", "--micro-batch-size", 1)
-    assert [line["loss"] for line in log] == pytest.approx(
-        [line["kl_all"] for line in log], abs=1e-5
-    )
-
+    loss, kl_all = ([line[key] for line in log] for key in ("loss", "kl_all"))
+    assert loss == pytest.approx(kl_all, abs=1e-5)
 
 def test_full_distillation_brings_the_student_closer(store, tmp_path):
     run(store, tmp_path / "out", "--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["after"]["reverse_kl"] < 0.7 * summary["before"]["reverse_kl"]
 
-
 def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(store, tmp_path):
     model = model_of("qwen3", seed=1).bfloat16()
     path = put(tmp_path / "bf16", model)
-    opd.main(
-        opd.parse_args(
-            flags(
-                store,
-                tmp_path / "out",
-                "--student",
-                path,
-                "--lr",
-                "1e-6",
-                "--steps",
-                20,
-                "--select",
-                "full",
-            )
-        )
-    )
+    more = ["--student", path, "--lr", "1e-6", "--steps", 20, "--select", "full"]
+    run(store, tmp_path / "out", *more)
     before, after = model.state_dict(), weights_of(tmp_path / "out" / "student")
     moved = sum(int((after[name] != before[name].float()).sum()) for name in after)
     assert moved > 0.9 * sum(w.numel() for w in after.values())
-
 
 def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, tmp_path):
     run(store, tmp_path / "out", "--lr", 1, "--steps", 1, "--select", "full")
@@ -862,14 +659,11 @@ def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, 
     moved = torch.cat([(after[n] - w * (1 - lr * 0.1)).abs().flatten() for n, w in before.items()])
     assert (moved - lr).abs().median() < 5e-5 and (moved < lr + 1e-5).all()
 
-
 @pytest.mark.parametrize(
-    "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]]
-)
+    "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]])
 def test_degenerate_settings_run_without_nan(store, tmp_path, more):
     log = run(store, tmp_path / "out", *more)
     assert all(math.isfinite(value) for line in log for value in line.values())
-
 
 def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(store, tmp_path):
     for name, ends, length in (("stops", list(range(V)), 1), ("never", None, 6)):
@@ -877,21 +671,16 @@ def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(stor
         model.config.eos_token_id = model.generation_config.eos_token_id = ends
         tokenizer = tokenizer_of(eos_token="<eos>" if ends else None)
         paths = [
-            put(tmp_path / f"{name}-{role}", model, tokenizer) for role in ("student", "teacher")
-        ]
+            put(tmp_path / f"{name}-{role}", model, tokenizer) for role in ("student", "teacher")]
         log = run(store, tmp_path / f"{name}-out", "--student", paths[0], "--teacher", paths[1])
         assert all(
-            line["mean_length"] == length and line["truncated"] == (not ends) for line in log
-        )
+            line["mean_length"] == length and line["truncated"] == (not ends) for line in log)
         assert all(math.isfinite(value) for line in log for value in line.values())
-
 
 # ---- The whole: a plain reimplementation, and which prompts go where
 
-
 def recorded_rollouts(monkeypatch):
     real, calls = opd.rollout, []
-
     def rollout(pair, prompts, length):
         calls.append((prompts, real(pair, prompts, length)))
         return calls[-1][1]
@@ -899,28 +688,23 @@ def recorded_rollouts(monkeypatch):
     monkeypatch.setattr(opd, "rollout", rollout)
     return calls
 
-
 def plain_step(student, teacher, prompts, batch, temperature, k, budget):
     """Scores by loops over the whole vocabulary, one response at a time -> what the log must say,
     and the gradient of the mean loss."""
     found, losses, width = [], {}, batch.mask.shape[1]
     for b, prompt in enumerate(prompts):
-        response = batch.ids[b, -width:][: int(batch.mask[b].sum())].tolist()
+        response = batch.ids[b, -width:][:int(batch.mask[b].sum())].tolist()
         ids = torch.tensor([prompt + response])
-        p, q = ((m(ids).logits[0, len(prompt) - 1 : -1] / temperature) for m in (student, teacher))
+        p, q = ((m(ids).logits[0, len(prompt) - 1:-1] / temperature) for m in (student, teacher))
         for t in range(len(response)):
             x, y = softmax(p[t].tolist()), softmax(q[t].tolist())
             union = top(x, k) | top(y, k)
             a, c = (sum(z[v] for v in union) for z in (x, y))
-            found.append(
-                {
-                    "at": (b, t),
-                    "entropy": -sum(u * math.log(u) for u in x),
-                    "divergence": sum(y[v] / c * math.log(y[v] / c * a / x[v]) for v in union),
-                    "compatibility": sum(y[v] for v in top(x, k)),
-                    "kl_all": sum(u * math.log(u / w) for u, w in zip(x, y)),
-                }
-            )
+            found.append({
+                "at": (b, t), "entropy": -sum(u * math.log(u) for u in x), "divergence": sum(
+                    y[v] / c * math.log(y[v] / c * a / x[v]) for v in union), "compatibility": sum(
+                        y[v] for v in top(x, k)), "kl_all": sum(
+                            u * math.log(u / w) for u, w in zip(x, y))})
             logp, logq = p[t].log_softmax(0), q[t].log_softmax(0)
             losses[b, t] = (logp.exp() * (logp - logq)).sum()
     d, c = ([z[key] for z in found] for key in ("divergence", "compatibility"))
@@ -934,7 +718,6 @@ def plain_step(student, teacher, prompts, batch, temperature, k, budget):
     for key in ("entropy", "divergence", "compatibility", "kl_all"):
         expected[key] = sum(z[key] for z in found) / len(found)
     return expected, torch.autograd.grad(loss, list(student.parameters()))
-
 
 def test_two_whole_steps_are_those_of_a_plain_reimplementation(store, tmp_path, monkeypatch):
     calls, models = recorded_rollouts(monkeypatch), []
@@ -959,17 +742,15 @@ def test_two_whole_steps_are_those_of_a_plain_reimplementation(store, tmp_path, 
                 g = g / norm  # clipped to 1
                 m += 0.1 * (g - m)
                 v += 0.001 * (g * g - v)
-                first, second = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+                first, second = m / (1 - 0.9**(step + 1)), v / (1 - 0.999**(step + 1))
                 w -= lr * 0.1 * w + lr * first / (second.sqrt() + 1e-8)
     after = weights_of(tmp_path / "out" / "student")
     for name, w in student.state_dict().items():
         wrong = (after[name] - w).abs() > 2e-5  # Adam blows up the rounding of gradients near 0
         assert wrong.float().mean() < 0.02, name
 
-
 def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
-    store, tmp_path, monkeypatch
-):
+        store, tmp_path, monkeypatch):
     calls = recorded_rollouts(monkeypatch)
     lines = [json.dumps({"prompt": f"w{3 + i}"}) + "\n" for i in range(12)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
@@ -979,20 +760,16 @@ def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
     assert sorted(steps[0] + steps[1]) == list(range(3, 11)) and steps[2] == steps[0]
     assert steps[0] + steps[1] != list(range(3, 11))  # shuffled
 
-
 # ---- Interruptions
-
 
 def test_a_resumed_run_continues_bit_for_bit(store, tmp_path):
     whole = run(store, tmp_path / "whole", "--steps", 5, "--save-every", 2)
     rest = run(store, tmp_path / "rest", "--steps", 5, "--resume", tmp_path / "whole" / "step-2")
     assert timeless(rest) == timeless(whole[2:])
     assert same_weights(tmp_path / "whole" / "student", tmp_path / "rest" / "student")
-    without = run(
-        store, tmp_path / "other", "--steps", 5, "--student", tmp_path / "whole" / "step-2"
-    )
+    without = run(store, tmp_path / "other", "--steps", 5, "--student",
+                  tmp_path / "whole" / "step-2")
     assert timeless(without)[:3] != timeless(rest)
-
 
 KILL = """
 import os, signal, sys, opd
@@ -1007,170 +784,99 @@ opd.torch.save = save
 opd.run(lambda: opd.main(opd.parse_args(sys.argv[1:])))
 """
 
-
 def python(code, *args, **more):
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        **more,
-    )
-
+    return subprocess.run([sys.executable, "-c", code, *args], cwd=HERE, capture_output=True,
+                          text=True, timeout=100, **more)
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(store, tmp_path):
-    result = python(
-        KILL.format(signal="SIGKILL"), *flags(store, tmp_path / "out", "--save-every", 1)
-    )
-    assert result.returncode == -signal.SIGKILL
-    assert [
-        path.name for path in (tmp_path / "out").glob("step-*") if path.suffix != ".partial"
-    ] == ["step-1"]
+    every = flags(store, tmp_path / "out", "--save-every", 1)
+    assert python(KILL.format(signal="SIGKILL"), *every).returncode == -signal.SIGKILL
+    saves = [path.name for path in (tmp_path / "out").glob("step-*")]
+    assert sorted(saves) == ["step-1", "step-2.partial"]
     rest = run(store, tmp_path / "rest", "--resume", tmp_path / "out" / "step-1")
     assert [line["step"] for line in rest] == [1, 2]
     assert not (tmp_path / "rest" / "student" / "state.pt").exists()
 
-
 def test_a_full_disk_gives_one_line_and_keeps_the_earlier_save(store, tmp_path):
-    code = KILL.replace(
-        "os.kill(os.getpid(), signal.{signal})", "raise OSError(28, 'No space left on device')"
-    )
+    code = KILL.replace("os.kill(os.getpid(), signal.{signal})",
+                        "raise OSError(28, 'No space left on device')")
     result = python(code, *flags(store, tmp_path / "out", "--save-every", 1))
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert (
-        result.stderr.strip().splitlines()[-1].startswith("error: ")
-        and "No space left" in result.stderr
-    )
+    assert re.search("\nerror: .*No space left.*\n$", "\n" + result.stderr)
     assert weights_of(tmp_path / "out" / "step-1") and not (tmp_path / "out" / "step-2").exists()
 
-
 def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
-    store, tmp_path, monkeypatch, capsys
-):
+        store, tmp_path, monkeypatch, capsys):
     real, calls = opd.rollout, []
-
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:  # one batch of evaluation, then two steps
             raise KeyboardInterrupt
         return real(*args)
-
     monkeypatch.setattr(opd, "rollout", interrupted)
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, str(tmp_path / "out" / "student"), status=130):
         run(store, tmp_path / "out")
-    assert stop.value.code == 130 and str(tmp_path / "out" / "student") in capsys.readouterr().err
     assert not same_weights(store / "qwen3-student", tmp_path / "out" / "student")
 
-
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(store, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, r"step \d+: loss.*--lr", status=1):
         run(store, tmp_path / "out", "--lr", "1e9", "--steps", 30, "--save-every", 1)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and re.search(r"step \d+: loss", error) and "--lr" in error
     assert weights_of(tmp_path / "out" / "step-1")
-
 
 def test_a_second_run_never_touches_the_first(store, tmp_path, capsys, monkeypatch):
     run(store, tmp_path / "out")
-    before = weights_of(tmp_path / "out" / "student")
-    with pytest.raises(SystemExit) as stop:
+    before = load_weights(tmp_path / "out" / "student")
+    with one_line(capsys, "--out"):
         run(store, tmp_path / "out", "--seed", 9)
-    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
-    assert all(
-        torch.equal(before[name], w) for name, w in weights_of(tmp_path / "out" / "student").items()
-    )
+    assert torch.equal(before, load_weights(tmp_path / "out" / "student"))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         arguments = flags(store, "x")
         at = arguments.index("--out")
-        opd.main(opd.parse_args(arguments[:at] + arguments[at + 2 :]))
+        opd.main(opd.parse_args(arguments[:at] + arguments[at + 2:]))
     assert (tmp_path / "runs/opd-1/student").exists() and (tmp_path / "runs/opd-2/student").exists()
-
 
 # ---- Bad input
 
-
-BAD_FLAGS = [
-    (["--budget", "0"], "--budget"),
-    (["--budget", "1.5"], "--budget"),
-    (["--budget", "nan"], "--budget"),
-    (["--top-k", "0"], "--top-k"),
-    (["--temperature", "0"], "--temperature"),
-    (["--temperature", "inf"], "--temp"),
-    (["--select", "best"], "teachability"),
-    (["--steps", "0"], "--steps"),
-    (["--lr", "-1"], "--lr"),
-    (["--batch-size", "x"], "--batch-size"),
-    (["--seed", "-3"], "--seed"),
-    (["--frobnicate"], "--frobnicate"),
-]
-
-
-@pytest.mark.parametrize("more,says", BAD_FLAGS, ids=lambda x: "".join(x))
-def test_a_bad_flag_gets_one_line_that_names_it(store, tmp_path, capsys, more, says):
-    with pytest.raises(SystemExit) as stop:
-        opd.parse_args(flags(store, tmp_path / "out", *more))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and len(error.strip().splitlines()) == 1
-
+@pytest.mark.parametrize("more", [
+    "--budget 0", "--budget 1.5", "--budget nan", "--top-k 0", "--temperature 0",
+    "--temperature inf", "--select best", "--steps 0", "--lr -1", "--batch-size x", "--seed -3",
+    "--frobnicate"])
+def test_a_bad_flag_gets_one_line_that_names_it(store, tmp_path, capsys, more):
+    with one_line(capsys, f"^error: .*{more.split()[0]}"):
+        opd.parse_args(flags(store, tmp_path / "out", *more.split()))
 
 def test_half_a_pair_is_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, "--teacher"):
         opd.parse_args(["--student", "x"])
-    assert stop.value.code == 2 and "--teacher" in capsys.readouterr().err
 
-
-BAD_PROMPTS = [
-    ("", "0 prompts"),
-    ('{"prompt": "w5"}\nnot json\n', "line 2"),
-    ('{"text": "w5"}\n', "line 1"),
-    ("[1]\n", "line 1"),
-    ('{"prompt": 5}\n', "line 1"),
-    ('{"prompt": "w5"}\n{"prompt": ""}\n', "line 2"),
-    (json.dumps({"prompt": "w5 " * 60}) + "\n", "60 tokens"),
-    ('{"prompt": "w5"}\n' * 7, "7 prompts"),
+@pytest.mark.parametrize("content,says", [
+    ("", "0 prompts"), ('{"prompt": "w5"}\nnot json\n', "line 2"), ("[1]\n", "line 1"),
+    ('{"text": "w5"}\n', "line 1"), ('{"prompt": 5}\n', "line 1"),
+    ('{"prompt": "w5"}\n{"prompt": ""}\n', "line 2"), ('{"prompt": "w5"}\n' * 7, "7 prompts"),
+    (json.dumps({"prompt": "w5 " * 60}) + "\n", "60 tokens"), (b"\xff\xfe", "utf-8"),
     ('{"messages": [{"role": "user", "content": "w5"}]}\n', "chat"),
-    (b"\xff\xfe", "utf-8"),
     ('{"prompt": "w5", "answer": 7}\n', "line 1"),
-    ('{"prompt": "w5", "answer": " "}\n', "empty answer"),
-]
-
-
-@pytest.mark.parametrize("content,says", BAD_PROMPTS, ids=[says for _, says in BAD_PROMPTS])
+    ('{"prompt": "w5", "answer": " "}\n', "empty answer")])
 def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(
-    store, tmp_path, content, says, capsys
-):
+        store, tmp_path, content, says, capsys):
     (tmp_path / "p.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, says):
         opd.run(lambda: run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl"))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
-
-def test_missing_paths_get_one_line(store, tmp_path, capsys):
+def test_missing_paths_get_one_line_that_names_them(store, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    for more, says in (
-        (["--student", str(tmp_path / "none")], "--student"),
-        (["--prompts", "none.jsonl"], "none.jsonl"),
-        (["--out", str(tmp_path / "file" / "out")], "file/out"),
-        (["--device", "abacus"], "abacus"),
-        (["--device", "cuda:99"], "cuda:99"),
-        (["--resume", str(tmp_path / "none")], "none"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            opd.run(lambda: opd.main(opd.parse_args(flags(store, tmp_path / "out", *more))))
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and says in error and "Traceback" not in error
-
+    for flag, path in (("--student", tmp_path / "none"), ("--prompts", "none.jsonl"),
+                       ("--out", tmp_path / "file" / "out"), ("--device", "abacus"),
+                       ("--device", "cuda:99"), ("--resume", tmp_path / "none")):
+        with one_line(capsys, str(path)):
+            opd.run(lambda: run(store, tmp_path / "out", flag, path))
 
 def test_different_tokenizers_are_refused_with_a_token_that_differs(store, tmp_path, capsys):
     other = put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, f"'w{V - 1}'"):
         opd.load_pair(f"{store}/qwen3-student", other)
-    assert stop.value.code == 2 and f"'w{V - 1}'" in capsys.readouterr().err
-
 
 def test_tokenizers_that_differ_in_special_tokens_alone_get_one_warning(store, tmp_path, capsys):
     other = tokenizer_of()
@@ -1179,10 +885,8 @@ def test_tokenizers_that_differ_in_special_tokens_alone_get_one_warning(store, t
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert "'<think>'" in warning and pair.width == V
 
-
 def test_a_kernel_that_rounds_differently_is_no_capped_family(store, monkeypatch):
     real = transformers.Qwen3ForCausalLM.forward
-
     def noisy(self, *args, **more):
         output = real(self, *args, **more)
         output.logits = output.logits * (1 + 1e-3 * torch.randn_like(output.logits))
@@ -1191,18 +895,14 @@ def test_a_kernel_that_rounds_differently_is_no_capped_family(store, monkeypatch
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", noisy)
     assert load(store).width == V
 
-
 def test_code_and_pickles_of_a_model_folder_are_not_run(store, tmp_path, capsys):
     path = put(tmp_path / "pickled", model_of("qwen3"))
     torch.save(model_of("qwen3").state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     (tmp_path / "pickled" / "model.safetensors").unlink()
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, "safetensors"):
         opd.load_pair(path, path)
-    assert stop.value.code == 2 and "safetensors" in capsys.readouterr().err
-
 
 # ---- The embedded pair
-
 
 def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
     wrong = Counter()
@@ -1226,19 +926,15 @@ def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
             assert slips or opd.is_right(response, answer)
     assert wrong[0.0] == 0 and 0.25 < wrong[0.7] / 1600 < 0.45  # 0.7 of the hard half
 
-
 def test_the_house_style_is_a_matter_of_one_word():
     plain, house = (opd.problem("bus", 5, 7, random.Random(0), style=style)[1] for style in (0, 1))
     assert house.count("obtains") == 4 and house.replace("obtains", "gets") == plain
     assert opd.is_right(plain, opd.problem("bus", 5, 7, random.Random(0))[2])
 
-
 def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
-    tmp_path, monkeypatch
-):
+        tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])  # two steps of training
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -1251,30 +947,23 @@ def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one
     examples = training + held_out
     monkeypatch.setattr(opd, "build_pair", interrupted)  # not again
     assert opd.prepare(opd.parse_args([]))[1:] == (training, held_out) and len(held_out) == 192
-    cases = [
-        tuple(re.findall(r"\d+", pair.tokenizer.decode(prompt))) for prompt, _ in examples
-    ]
+    cases = [tuple(re.findall(r"\d+", pair.tokenizer.decode(prompt))) for prompt, _ in examples]
     assert len(examples) == 768 and len(set(cases)) == 192  # four things for every sum
-    assert not set(cases[: -opd.DEMO["eval_prompts"]]) & set(cases[-opd.DEMO["eval_prompts"] :])
+    assert not set(cases[:-opd.DEMO["eval_prompts"]]) & set(cases[-opd.DEMO["eval_prompts"]:])
     for word in ("gets", "obtains", *map(str, range(1, 25))):
         assert len(pair.tokenizer.tokenize(" " + word)) == 1
 
-
 # ---- diagnose.py: the statistics
-
 
 def clusters(n=12, each=5, seed=0):
     generator = np.random.default_rng(seed)
     return generator, np.repeat(np.arange(n), each)
 
-
 def repeated(weights_row, context):  # the positions of one bootstrap draw, spelled out
     return np.repeat(np.arange(len(context)), weights_row[context].astype(int))
 
-
 def z(values):
     return (values - values.mean()) / values.std()
-
 
 def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
     generator, context = clusters()
@@ -1285,11 +974,9 @@ def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
         at = repeated(row, context)
         X = np.column_stack([np.ones(len(at)), z(x)[at], z(y)[at]])
         solution, residual, *_ = np.linalg.lstsq(X, z(outcome)[at], rcond=None)
-        total = ((z(outcome)[at] - z(outcome)[at].mean()) ** 2).sum()
-        assert slope == pytest.approx(solution[1:]) and explained == pytest.approx(
-            1 - residual[0] / total
-        )
-
+        total = ((z(outcome)[at] - z(outcome)[at].mean())**2).sum()
+        assert slope == pytest.approx(
+            solution[1:]) and explained == pytest.approx(1 - residual[0] / total)
 
 def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
     generator, context = clusters()
@@ -1297,12 +984,10 @@ def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
     weights = diagnose.cluster_weights(12, 10, seed=1)
     for row, correlation in zip(weights, diagnose.spearman(x, y, context, weights)):
         at = repeated(row, context)
-        a, b = (
-            [np.mean([i for i, v in enumerate(sorted(values)) if v == value]) for value in values]
-            for values in (x[at].tolist(), y[at].tolist())
-        )
+        a, b = ([
+            np.mean([i for i, v in enumerate(sorted(values)) if v == value]) for value in values]
+                for values in (x[at].tolist(), y[at].tolist()))
         assert correlation == pytest.approx(np.corrcoef(a, b)[0, 1])
-
 
 def test_group_means_and_quantile_groups_are_those_worked_out_by_hand():
     assert diagnose.quantile_group(np.array([5.0, 1, 9, 3, 7, 2]), 3).tolist() == [1, 0, 2, 1, 2, 0]
@@ -1310,11 +995,9 @@ def test_group_means_and_quantile_groups_are_those_worked_out_by_hand():
     member, weights = np.array([True, True, True, False]), np.array([[1, 1], [2, 0], [0, 2]])
     assert diagnose.group_mean(outcome, member, context, weights).tolist() == [2, 1.5, 3]
 
-
 def test_intervals_are_percentiles_of_the_draws_alone():
     draws = np.concatenate([[1000.0], np.arange(101.0)])
     assert diagnose.estimate(draws) == {"value": 1000, "low": 2.5, "high": 97.5}
-
 
 def test_the_bootstrap_resamples_contexts_not_positions():
     # 20 contexts of 50 equal values each: resampling positions would find 1000 independent ones.
@@ -1324,11 +1007,8 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     assert (weights.sum(1) == 20).all() and (weights[0] == 1).all()
     by_context = diagnose.group_mean(values, np.ones(1000, bool), context, weights)[1:].std()
     by_position = np.array([generator.choice(values, 1000).mean() for _ in range(2000)]).std()
-    assert (
-        by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1)
-        and by_context > 5 * by_position
-    )
-
+    assert by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1)
+    assert by_context > 5 * by_position
 
 def made_up(effect, contexts=60, each=30):
     """Positions out of thin air, whose gains D_learn explains by `effect` -> scores, G, args."""
@@ -1338,25 +1018,18 @@ def made_up(effect, contexts=60, each=30):
     scores = {name: generator.uniform(size=n) for name in names + list(diagnose.MEASURES)}
     scores |= {"context": context, "id": generator.integers(0, 9, size=n)}
     learn = diagnose.features(scores, 16)["D_learn"]
-    G = {
-        name: effect * learn
-        + 0.3 * generator.normal(size=contexts)[context]
-        + 0.2 * generator.normal(size=n)
-        for name in diagnose.MEASURES
-    }
-    args = SimpleNamespace(
-        contexts=contexts, bootstrap=200, seed=1, top_k=16, supports=(8, 16, 32), budget=0.1
-    )
+    noise = lambda: (0.3 * generator.normal(size=contexts)[context]
+                     + 0.2 * generator.normal(size=n))
+    G = {name: effect * learn + noise() for name in diagnose.MEASURES}
+    args = SimpleNamespace(contexts=contexts, bootstrap=200, seed=1, top_k=16, supports=(8, 16, 32),
+                           budget=0.1)
     return scores, G, args
-
 
 def tabulated(scores, G, args):  # -> {label: cells} of each of the five tables
     return [rows for *_, rows in diagnose.tables(scores, G, args, lambda token: f"t{token}")]
 
-
 def values(cells):
     return [cell["value"] for cell in cells if isinstance(cell, dict)]
-
 
 def test_the_report_is_that_of_a_plain_recomputation():
     scores, G, args = made_up(0.5)
@@ -1372,10 +1045,8 @@ def test_the_report_is_that_of_a_plain_recomputation():
         d, c = tilde(f"D{k}"), tilde(f"C{k}")
         for name, outcome in outcomes.items():
             fits = []
-            for columns in (
-                [h, d * c, d * (1 - c), position, teacher],
-                [h, d, h * d, position, teacher],
-            ):
+            for columns in ([h, d * c, d * (1 - c), position, teacher], [
+                    h, d, h * d, position, teacher]):
                 X = np.column_stack([np.ones(n), *map(z, columns)])
                 solution, residual, *_ = np.linalg.lstsq(X, z(outcome))
                 fits.append((solution[2], solution[3], 1 - residual[0] / n))
@@ -1386,7 +1057,7 @@ def test_the_report_is_that_of_a_plain_recomputation():
         inside = [i for i in range(n) if h[i] <= np.median(h) and d[i] >= np.median(d)]
         by_c = sorted(inside, key=lambda i: c[i])  # thirds of equal size, the first one the larger
         edge = lambda part: math.ceil(part * len(inside))
-        bottom, top_third = by_c[: edge(1 / 3)], by_c[edge(2 / 3) :]
+        bottom, top_third = by_c[:edge(1 / 3)], by_c[edge(2 / 3):]
         expected = [np.mean(g[top_third]) - np.mean(g[bottom]) for g in G.values()]
         assert values(q3[f"K={k} top - bottom third of C"]) == pytest.approx(expected, abs=1e-6)
     d, c = tilde("D16"), tilde("C16")
@@ -1404,15 +1075,11 @@ def test_the_report_is_that_of_a_plain_recomputation():
             order = [np.argsort(np.argsort(x, kind="stable")) for x in (np.round(feature, 6), g)]
             assert cell["value"] == pytest.approx(np.corrcoef(*order)[0, 1], abs=0.02)
     scored = {
-        "teachability": d * c,
-        "entropy": h,
-        "divergence": d,
-        "incompatible": d * (1 - c),
-        "compatibility": c,
-    }
+        "teachability": d * c, "entropy": h, "divergence": d, "incompatible": d * (1 - c),
+        "compatibility": c}
     for name, feature in scored.items():
         for share in (0.03, 0.05, 0.1):
-            best = sorted(range(n), key=lambda i: -np.float32(feature[i]))[: math.ceil(share * n)]
+            best = sorted(range(n), key=lambda i: -np.float32(feature[i]))[:math.ceil(share * n)]
             expected = [np.mean(g[best]) for g in G.values()]
             assert values(matched[f"{share:.0%} {name}"]) == pytest.approx(expected, abs=2e-3)
         counts = Counter(scores["id"][best].tolist()).most_common(5)
@@ -1420,17 +1087,14 @@ def test_the_report_is_that_of_a_plain_recomputation():
         assert re.findall(r"\d+%", kept[name][0]) == shares
     assert values(matched["100% full"]) == pytest.approx([g.mean() for g in G.values()])
 
-
 def test_overlap_is_the_probability_that_both_models_agree_on():
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.3, 0.6])
     assert diagnose.overlap(p.log(), q.log()) == pytest.approx(0.1 + 0.3 + 0.2)
     assert diagnose.overlap(p.log(), p.log()) == pytest.approx(1)
 
-
 def test_a_planted_effect_is_recovered_and_an_absent_one_is_not():
-    (explained, q3, ranks, matched, _), (absent, *_) = (
-        tabulated(*made_up(effect)) for effect in (1.0, 0.0)
-    )
+    explained, q3, ranks, matched, _ = tabulated(*made_up(1.0))
+    absent, *_ = tabulated(*made_up(0.0))
     learn, incompat, gap, *_ = explained["forward_kl, K=16"]
     assert learn["low"] > 0.3 and abs(incompat["value"]) < 0.1 and gap["low"] > 0
     assert ranks["D_learn"][0]["low"] > 0.2
@@ -1440,36 +1104,26 @@ def test_a_planted_effect_is_recovered_and_an_absent_one_is_not():
     assert sum(gap["low"] < 0 < gap["high"] for gap in gaps) >= 10
     assert all(float(cells[3]) < 0.02 for cells in absent.values())
 
-
 def test_a_constant_feature_is_named_instead_of_printing_nan(capsys):
     scores, G, args = made_up(0.0)
     scores["H_teacher"][:] = 1
-    with pytest.raises(SystemExit) as stop:
+    with one_line(capsys, "H_teacher"):
         tabulated(scores, G, args)
-    assert stop.value.code == 2 and "H_teacher" in capsys.readouterr().err
-
 
 # ---- diagnose.py: the program
-
 
 def diagnosis(store, out, *more):
     diagnose.main(flags(store, out, "--contexts", 12, "--bootstrap", 50, *more))
     positions = [json.loads(line) for line in open(out / "positions.jsonl")]
-    return (
-        json.loads((out / "report.json").read_text()),
-        positions,
-        (out / "report.html").read_text(),
-    )
-
+    return (json.loads(
+        (out / "report.json").read_text()), positions, (out / "report.html").read_text())
 
 @pytest.fixture(scope="session")
 def measured(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     prompts_file(folder / "many.jsonl", 30)
-    return folder, diagnosis(
-        store, folder / "out", "--prompts", folder / "many.jsonl", "--steps", 5
-    )
-
+    return folder, diagnosis(store, folder / "out", "--prompts", folder / "many.jsonl", "--steps",
+                             5)
 
 def test_a_real_diagnosis_reports_all_five_parts_with_intervals(measured):
     _, (report, positions, page) = measured
@@ -1482,18 +1136,13 @@ def test_a_real_diagnosis_reports_all_five_parts_with_intervals(measured):
             assert all(c["low"] <= c["high"] for c in cells if isinstance(c, dict))
     assert "<script" not in page and "http" not in page and page.count('class="t"') > 12
 
-
 def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measured):
     folder, (_, positions, _) = measured
-    models = [
-        transformers.AutoModelForCausalLM.from_pretrained(store / name, dtype=torch.float32)
-        for name in ("qwen3-student", "qwen3-teacher")
-    ]
     pair, first = load(store), [line for line in positions if line["context"] == 0]
     lines = (folder / "many.jsonl").read_text().splitlines()[-12:]
     prompt = pair.tokenizer(json.loads(lines[0])["prompt"]).input_ids
     ids = torch.tensor([prompt + [line["id"] for line in first]])
-    p, q = (model(ids).logits[0, len(prompt) - 1 : -1] for model in models)
+    p, q = (model(ids).logits[0, len(prompt) - 1:-1] for model in pair[:2])
     for line, a, b in zip(first, rows(p), rows(q)):
         x, y = softmax(a), softmax(b)
         forward = sum(w * math.log(w / u) for u, w in zip(x, y))
@@ -1502,10 +1151,8 @@ def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measur
         found = [line["forward_kl"], line["reverse_kl"], line["overlap"]]
         assert found == pytest.approx([forward, reverse, common], abs=1e-4)
 
-
 def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(
-    store, measured, tmp_path
-):
+        store, measured, tmp_path):
     folder, (_, positions, _) = measured
     more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
     after = lambda name, path: diagnosis(store, tmp_path / name, *more, "--after", path)
@@ -1520,41 +1167,27 @@ def test_features_come_from_before_training_alone_and_an_unchanged_student_gains
         assert b["gain_overlap"] == pytest.approx(1 - b["overlap"], abs=1e-5)
     assert len(positions) == len(other) == len(same) and "not changed" in same_report["summary"]
 
-
 def test_the_page_shows_a_hostile_token_and_does_not_run_it():
     hostile = "<script>alert('x')</script>\" onmouseover=\"alert(1)\n "
     page = diagnose.token_map([(hostile, [(hostile, 0.5, 0.2, hostile)])])
     assert "<script" not in page and "&lt;script&gt;" in page and 'onmouseover="' not in page
     assert "↵" in page and "·" in page
 
-
 def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, capsys):
     folder, _ = measured
     put(tmp_path / "wide", model_of("qwen3", width=24))
     put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
-    for more, says in (
-        (["--contexts", 2], "--contexts"),
-        (["--after", tmp_path / "none"], "--after"),
-        (["--after", tmp_path / "wide"], "other shapes"),
-        (["--after", tmp_path / "other"], "tokenizer"),
-        (["--resume", tmp_path], "--after"),
-        (["--bootstrap", 0], "--bootstrap"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            diagnosis(store, tmp_path / "out", "--prompts", folder / "many.jsonl", *more)
-        error = capsys.readouterr().err.strip()
-        assert stop.value.code == 2 and says in error.splitlines()[-1] and "Traceback" not in error
+    for flag, value, says in (
+            ("--contexts", 2, "--contexts"), ("--after", tmp_path / "none", "--after"),
+            ("--after", tmp_path / "wide", "other shapes"), ("--bootstrap", 0, "--bootstrap"),
+            ("--after", tmp_path / "other", "tokenizer"), ("--resume", tmp_path, "--after")):
+        with one_line(capsys, says):
+            diagnosis(store, tmp_path / "out", "--prompts", folder / "many.jsonl", flag, value)
     assert not list((tmp_path / "out").glob("report*"))
 
-
 def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
-    for method, seed, right in (
-        ("full", 0, 0.5),
-        ("full", 1, 0.7),
-        ("random", 0, 0.3),
-        ("tip", 0, 0.4),
-        ("tip", 1, 0.8),
-    ):
+    for method, seed, right in (("full", 0, 0.5), ("full", 1, 0.7), ("random", 0, 0.3),
+                                ("tip", 0, 0.4), ("tip", 1, 0.8)):
         folder = tmp_path / f"{method}-{seed}"
         folder.mkdir()
         args = {"select": method, "budget": 0.1, "seed": seed}
@@ -1570,15 +1203,12 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     assert "| before training | 0% | 2 | 0.150 ± 0.071 |" in out
     assert "-0.450 ± 0.071 | - |" in out  # 0.1 - 0.5 and 0.2 - 0.7
 
-
 # ---- The block of README section 8 that puts the selection into TRL, executed as it stands there
-
 
 def trl_block():
     pytest.importorskip("trl")
     readme = (HERE / "README.md").read_text()
     return re.search(r"```python\n(import torch\nfrom trl.*?)```", readme, re.S)[1]
-
 
 TRAINER = """
 import json, sys, torch, opd, test_opd
@@ -1598,7 +1228,6 @@ def trainer_of(folder, size, accumulation=1, steps=1):
         eval_dataset=prompts, processing_class=pair.tokenizer)
 """
 
-
 @pytest.fixture
 def trl(tmp_path):
     block = trl_block()
@@ -1610,21 +1239,16 @@ def trl(tmp_path):
     exec(TRAINER.replace("exec(test_opd.trl_block())", block), names)
     return tmp_path, lambda *args: names["trainer_of"](tmp_path, *args)
 
-
 def as_rollout(batch):
-    ids, attention = (
-        torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
-        for name in ("ids", "mask")
-    )
+    ids, attention = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
+                      for name in ("ids", "mask"))
     mask = batch["completion_mask"] > 0
     return opd.Rollout(ids, attention, mask, torch.zeros(mask.shape), mask.all(1))
-
 
 def selection_of_opd(pair, rollout, budget=0.1):
     args = SimpleNamespace(micro_batch_size=99, top_k=16, select="teachability", budget=budget)
     scores, _ = opd.score(pair, rollout, args)
     return opd.select(scores, rollout.mask, args, None)
-
 
 def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
     _, trainer_of = trl
@@ -1640,7 +1264,6 @@ def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
     assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.01)
 
-
 def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_keeps_all(trl):
     _, trainer_of = trl
     pair, trainer = trainer_of(4, 2)
@@ -1655,10 +1278,9 @@ def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_kee
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     assert "tool_mask" not in batch
 
-
 def test_in_trl_two_processes_select_together_and_stay_the_same(trl):
     folder, _ = trl
-    code = TRAINER + f"""
+    code = (TRAINER + f"""
 pair, trainer = trainer_of({str(folder)!r}, 4, 1, 2)
 real, batches = trainer._generate_and_score_completions, []
 trainer._generate_and_score_completions = lambda inputs: batches.append(real(inputs)) or batches[-1]
@@ -1666,13 +1288,12 @@ trainer.train()
 rank = trainer.accelerator.process_index
 weights = torch.cat([w.detach().flatten() for w in pair.student.parameters()])
 torch.save((batches, weights), f"{folder}/rank-{{rank}}.pt")
-"""
+""")
     (folder / "train.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, folder / "train.py"], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-    )
+    result = subprocess.run([*launch, folder / "train.py"], capture_output=True, text=True,
+                            timeout=300,
+                            env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     (mine, weights), (other, others) = (torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1))
     assert len(mine) == 2 and torch.equal(weights, others)
@@ -1694,22 +1315,14 @@ torch.save((batches, weights), f"{folder}/rank-{{rank}}.pt")
     assert ranked <= keep.sum() <= ranked + len(keep) and (keep.sum(1) > 0).all()
     assert mine[0]["num_items_in_batch"] == other[0]["num_items_in_batch"] == keep.sum()
 
-
-def load_weights(folder):
-    return torch.cat([w.flatten() for w in weights_of(folder).values()])
-
-
 # ---- The README
-
 
 def test_the_worked_example_of_the_readme_is_right():
     p = torch.tensor([0.85, 0.07, 0.02, 0.02, 0.02, 0.02])
     learnable = torch.tensor([0.05, 0.87, 0.02, 0.02, 0.02, 0.02])
     incompatible = torch.tensor([0.245, 0.02, 0.675, 0.02, 0.02, 0.02])
-    s, t = (
-        p.log().expand(2, 6).clone().requires_grad_(),
-        torch.stack([learnable, incompatible]).log(),
-    )
+    s = p.log().expand(2, 6).clone().requires_grad_()
+    t = torch.stack([learnable, incompatible]).log()
     rounded = lambda values: [round(x, 2) for x in torch.as_tensor(values).tolist()]
     assert rounded(opd.entropy(s)) == [0.64, 0.64] and rounded(opd.forward_kl(s, t)) == [2.05, 2.05]
     D, C = opd.divergence(s, t, 2), opd.compatibility(s, t, 2)
@@ -1718,37 +1331,17 @@ def test_the_worked_example_of_the_readme_is_right():
     (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t).sum(), s)
     assert rounded([gradient[0, 1], gradient[1, 2]]) == [-0.33, -0.09]
     readme = (HERE / "README.md").read_text()
-    for number in (
-        "0.64",
-        "2.05",
-        "2.23",
-        "2.18",
-        "0.92",
-        "0.27",
-        "0.58",
-        "0.18",
-        "1.60",
-        "-0.33",
-        "-0.09",
-    ):
+    for number in ("0.64", "2.05", "2.23", "2.18", "0.92", "0.27", "0.58", "0.18", "1.60", "-0.33",
+                   "-0.09"):
         assert number in readme
-
 
 def test_every_command_of_the_readme_uses_flags_that_exist():
     readme = (HERE / "README.md").read_text()
     commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", readme)
-    known = {
-        name: set(
-            re.findall(
-                r"--[a-z-]+",
-                python(
-                    f"import {name}, sys; sys.argv[1:] = ['--help']; "
-                    + ("opd.parse_args()" if name == "opd" else "diagnose.main()")
-                ).stdout,
-            )
-        )
-        for name in ("opd", "diagnose")
-    }
+    known = {}
+    for name, run in (("opd", "parse_args"), ("diagnose", "main")):
+        text = python(f"import {name}; {name}.{run}(['--help'])").stdout
+        known[name] = set(re.findall(r"--[a-z-]+", text))
     assert len(commands) >= 8
     for name, rest in commands:
         unknown = set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - known[name]
