@@ -33,9 +33,9 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def freeze(pair, held_out, args):  # -> rollouts of the student before training
     torch.manual_seed(args.seed)
     prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
-    return [opd.rollout(pair, prompts[i:i + args.batch_size], args.max_new_tokens)
-            for i in tqdm(range(0, len(prompts), args.batch_size), "sampling contexts",
-                          disable=None)]
+    starts = range(0, len(prompts), 4 * args.batch_size)  # as in opd.evaluate
+    return [opd.rollout(pair, prompts[i:i + 4 * args.batch_size], args.max_new_tokens)
+            for i in tqdm(starts, "sampling contexts", disable=None)]
 
 def score_contexts(pair, batches, args, function):  # -> one [N, ...] for each result
     """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""

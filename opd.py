@@ -372,8 +372,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     agreement of both models' first choices, length in tokens, share cut off by the limit."""
     torch.manual_seed(args.seed)
     right, lengths, truncated, positions = [], [], [], []
-    for i in tqdm(range(0, len(examples), args.batch_size), desc="evaluating", disable=None):
-        prompts, answers = zip(*examples[i:i + args.batch_size])
+    size = 4 * args.batch_size  # sampling takes less memory than training, and more at once is faster
+    for i in tqdm(range(0, len(examples), size), desc="evaluating", disable=None):
+        prompts, answers = zip(*examples[i:i + size])
         batch = rollout(pair, prompts, args.max_new_tokens)
         texts = [pair.tokenizer.decode(tokens(one), skip_special_tokens=True)
                  for one in split(batch, 1)]
