@@ -372,7 +372,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     agreement of both models' first choices, length in tokens, share cut off by the limit."""
     torch.manual_seed(args.seed)
     right, lengths, truncated, positions = [], [], [], []
-    size = 4 * args.batch_size  # sampling takes less memory than training, and more at once is faster
+    size = 4 * args.batch_size  # without gradients more fit in at once, which is faster
     for i in tqdm(range(0, len(examples), size), desc="evaluating", disable=None):
         prompts, answers = zip(*examples[i:i + size])
         batch = rollout(pair, prompts, args.max_new_tokens)
@@ -529,6 +529,7 @@ def main(args):
     print(f"{seconds:.0f} s; student/, log.jsonl and summary.json are in {out}")
 
 def run(program):  # whatever stops it from outside gets one line, too
+    transformers.logging.disable_progress_bar()  # of loading and saving: the steps have their own
     try:
         program()
     except KeyboardInterrupt:
