@@ -307,13 +307,14 @@ def report(pair, batches, scores, firsts, G, args, note, out):
 def compare(runs):
     """Markdown: held-out results of finished runs of opd.py, mean ± sample deviation over seeds,
     and differences of the first, paired by seed, from full OPD and from random."""
-    cells, missing = defaultdict(dict), []
+    cells, missing = defaultdict(dict), []  # {(budget, method): {seed: values}}
     for run in runs:
         try:
             summary = json.loads((Path(run) / "summary.json").read_text())
-            args, keys = summary["args"], list(summary["after"])[:2]
-            cell = args["select"], 1 if args["select"] == "full" else args["budget"]
-            for place, when in ((cell, "after"), (("before training", 0), "before")):
+            args = summary["args"]
+            keys = [key for key in ("accuracy", "reverse_kl", "agreement") if key in summary["after"]]
+            cell = 1 if args["select"] == "full" else args["budget"], args["select"]
+            for place, when in ((cell, "after"), ((0, "before training"), "before")):
                 cells[place][args["seed"]] = [summary[when][key] for key in keys]
         except (OSError, ValueError, KeyError):
             missing.append(run)
@@ -323,9 +324,9 @@ def compare(runs):
     if cells:
         columns = ["method", "budget", "seeds", *keys, f"{keys[0]} - full", f"{keys[0]} - random"]
         print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
-    for (method, budget), seeds in sorted(cells.items(), key=lambda item: (item[0][1], item[0][0])):
-        row = [show([values[i] for values in seeds.values()]) for i in range(len(keys))]
-        for other in (cells.get(("full", 1), {}), cells.get(("random", budget), {})):
+    for (budget, method), seeds in sorted(cells.items()):
+        row = [show(column) for column in zip(*seeds.values())]
+        for other in (cells.get((1, "full"), {}), cells.get((budget, "random"), {})):
             row.append(show([values[0] - other[seed][0] for seed, values in seeds.items()
                              if seed in other], "+"))
         print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")

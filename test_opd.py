@@ -26,8 +26,15 @@ def softmax(scores):
     powers = [math.exp(s - top) for s in scores]
     return [x / sum(powers) for x in powers]
 
+def kl(p, q):
+    return sum(x * math.log(x / y) for x, y in zip(p, q))
+
 def top(probabilities, k):
     return set(sorted(range(len(probabilities)), key=lambda v: -probabilities[v])[:k])
+
+def restricted(probabilities, union):
+    inside = [probabilities[v] for v in union]
+    return [x / sum(inside) for x in inside]
 
 def logits(*shape, seed=0, scale=2.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
@@ -43,8 +50,8 @@ def test_entropy_and_both_kl_directions_agree_with_loops():
     for a, b, h, forward, reverse in zip(rows(s), rows(t), *(z.flatten() for z in found)):
         p, q = softmax(a), softmax(b)
         assert h == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-5)
-        assert forward == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
-        assert reverse == pytest.approx(sum(x * math.log(x / y) for x, y in zip(p, q)), abs=1e-5)
+        assert forward == pytest.approx(kl(q, p), abs=1e-5)
+        assert reverse == pytest.approx(kl(p, q), abs=1e-5)
     assert {z.shape for z in found} == {(2, 3)}
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -54,9 +61,7 @@ def test_divergence_and_compatibility_agree_with_loops_over_sets(k):
     for a, b, d, c in zip(rows(s), rows(t), *found):
         p, q = softmax(a), softmax(b)
         union = top(p, k) | top(q, k)
-        p_union, q_union = sum(p[v] for v in union), sum(q[v] for v in union)
-        kl = sum(q[v] / q_union * math.log(q[v] / q_union * p_union / p[v]) for v in union)
-        assert d == pytest.approx(kl, abs=1e-5)
+        assert d == pytest.approx(kl(*(restricted(z, union) for z in (q, p))), abs=1e-5)
         assert c == pytest.approx(sum(q[v] for v in top(p, k)), abs=1e-5)
 
 def test_union_counts_shared_ids_once():
@@ -74,8 +79,7 @@ def test_k_larger_than_the_vocabulary_means_the_whole_vocabulary():
     s, t = logits(3, 6), logits(3, 6, seed=1)
     assert torch.allclose(opd.compatibility(s, t, 99), torch.ones(3))
     for a, b, d in zip(rows(s), rows(t), opd.divergence(s, t, 99)):
-        p, q = softmax(a), softmax(b)
-        assert d == pytest.approx(sum(y * math.log(y / x) for x, y in zip(p, q)), abs=1e-5)
+        assert d == pytest.approx(kl(softmax(b), softmax(a)), abs=1e-5)
 
 @pytest.mark.parametrize("function", [opd.divergence, opd.compatibility])
 @pytest.mark.parametrize("k", [0, -1])
@@ -240,9 +244,8 @@ def test_expected_sampled_gradient_is_the_reverse_kl_gradient():
 def test_reverse_kl_gradient_is_the_formula_of_the_readme():
     s, t = logits(7).requires_grad_(), logits(7, seed=1)
     p, q = softmax(s.tolist()), softmax(t.tolist())
-    kl = sum(x * math.log(x / y) for x, y in zip(p, q))
     (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t), s)
-    expected = [x * (math.log(x / y) - kl) for x, y in zip(p, q)]
+    expected = [x * (math.log(x / y) - kl(p, q)) for x, y in zip(p, q)]
     assert gradient.tolist() == pytest.approx(expected, abs=1e-5)
 
 def test_a_token_without_student_mass_gets_gradient_from_forward_kl_only():
@@ -309,6 +312,9 @@ def run(store, out, *more, family="qwen3"):
     opd.main(opd.parse_args(flags(store, out, *more, family=family)))
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
 def weights_of(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.state_dict()
@@ -337,19 +343,26 @@ def load(store, family="qwen3", **more):
 
 PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
 
+def draw(pair, prompts=PROMPTS, length=6):
+    torch.manual_seed(0)
+    return opd.rollout(pair, prompts, length)
+
+def own_logits(model, prompt, response):
+    """Those that predict the response, through the whole model, alone and without padding."""
+    return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes_nothing(
         store, family, monkeypatch):
     pair = load(store, family)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 6)
+    batch = draw(pair)
     monkeypatch.setattr(opd, "CHUNK", 3 * V)  # three positions a chunk
     p, q, y = opd.measure(pair, batch, 2, lambda p, q, y: (p, q, y))
     at = 0
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding, through the whole model
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
         for model, ours in ((pair.student, p), (pair.teacher, q)):
-            own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+            own = own_logits(model, prompt, response)
             assert torch.allclose(ours[at:at + len(response)], own, atol=1e-4)
         assert y[at:at + len(response)].tolist() == response
         at += len(response)
@@ -374,16 +387,14 @@ def gradient(pair, batch, keep, size, kind="reverse_kl"):
 def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_model(
         store, family, monkeypatch):
     pair = load(store, family)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 6)
+    batch = draw(pair)
     keep = batch.mask & (torch.arange(batch.mask.shape[1]) % 2 == 0)
     monkeypatch.setattr(opd, "CHUNK", 2 * V)
     ours = gradient(pair, batch, keep, 3)
     pair.student.zero_grad()
     losses = []
     for b, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt + batch.ids[b, 5:].tolist()])
-        p, q = (model(ids).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        p, q = (own_logits(model, prompt, batch.ids[b, 5:].tolist()).log_softmax(-1)
                 for model in (pair.student, pair.teacher))
         losses += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p)) if keep[b, t]]
     (sum(losses) / len(losses)).backward()
@@ -393,8 +404,7 @@ def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_mode
 
 def test_gradient_does_not_depend_on_the_micro_batches(store):
     pair = load(store)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 6)
+    batch = draw(pair)
     keep = opd.select_positions(torch.rand(batch.mask.shape), batch.mask, 0.4)
     whole = gradient(pair, batch, keep, 3)
     for size in (1, 2):
@@ -414,16 +424,14 @@ def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
     model.generation_config.update(top_k=2, top_p=0.1, min_p=0.8, do_sample=True)
     path = put(tmp_path / "model", model, tokenizer_of(300))
     pair = opd.load_pair(path, path)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, [[5]] * 3000, 1)
+    batch = draw(pair, [[5]] * 3000, 1)
     drawn = torch.bincount(opd.tokens(batch), minlength=300)
     assert (drawn > 0).sum() > 290  # about ten draws a token
 
 def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
     cold, warm = (opd.load_pair(path, path, temperature=t) for t in (0.25, 1.0))
-    torch.manual_seed(0)
-    batch = opd.rollout(cold, [[5]] * 4000, 1)
+    batch = draw(cold, [[5]] * 4000, 1)
     one = opd.split(batch, 1)[0]
     scored, plain = (opd.measure(pair, one, 1, lambda p, q, y: (p, q)) for pair in (cold, warm))
     expected = torch.softmax(4 * plain[0][0], -1)
@@ -435,12 +443,11 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
 def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp_path):
     student = put(tmp_path / "wide", model_of("gpt2", vocab=V + 9))
     pair = opd.load_pair(student, put(tmp_path / "t", model_of("qwen3")), temperature=0.7)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 6)
+    batch = draw(pair)
     assert batch.logp.shape == batch.mask.shape
     for b, prompt in enumerate(PROMPTS):  # one by one, without padding
         response = batch.ids[b, 5:][batch.mask[b]].tolist()
-        own = pair.student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:]
+        own = own_logits(pair.student, prompt, response)
         for row, y, logp in zip(rows(own[:, :V] / 0.7), response, batch.logp[b]):
             assert logp == pytest.approx(math.log(softmax(row)[y]), abs=1e-4)
 
@@ -459,12 +466,10 @@ def test_the_log_tells_how_far_sampling_and_scoring_are_apart(store, tmp_path, m
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(store, family):
     pair = load(store, family)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 6)
+    batch = draw(pair)
     exact = gradient(pair, batch, batch.mask, 3)
     with torch.autocast("cpu", torch.bfloat16):  # what opd.autocast does on a GPU
-        torch.manual_seed(0)
-        assert (opd.rollout(pair, PROMPTS, 6).logp - batch.logp)[:, 0].abs().max() < 0.1
+        assert (draw(pair).logp - batch.logp)[:, 0].abs().max() < 0.1
         p, kl = opd.measure(pair, batch, 3, lambda p, q, y: (p, opd.reverse_kl(p, q)))
         rounded = gradient(pair, batch, batch.mask, 3)
     assert p.dtype == torch.float32 and (kl > 0).all()
@@ -474,8 +479,7 @@ def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(stor
 def test_sampled_ids_are_the_scored_ids_and_never_pass_through_text(store, monkeypatch):
     pair = load(store)
     monkeypatch.setattr(type(pair.tokenizer), "decode", None)
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, PROMPTS, 4)
+    batch = draw(pair, PROMPTS, 4)
     assert batch.ids[0, :5].tolist() == PROMPTS[0] and batch.ids[1, 4] == 5
     assert batch.attention[:, :5].sum(1).tolist() == [5, 1, 3]
 
@@ -484,8 +488,7 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
     wide = put(tmp_path / "wide", model_of("qwen3", seed=1, vocab=V + 40, scale=0.0))
     for student, teacher in ((narrow, wide), (wide, narrow)):
         pair = opd.load_pair(student, teacher)
-        torch.manual_seed(0)
-        batch = opd.rollout(pair, [[5]] * 40, 10)
+        batch = draw(pair, [[5]] * 40, 10)
         p, q = opd.measure(pair, batch, 40, lambda p, q, y: (p, q))
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
@@ -501,8 +504,7 @@ def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     teacher.generation_config.eos_token_id = [2, 0]
     pair = opd.load_pair(put(tmp_path / "s", student), put(tmp_path / "t", teacher))
     assert pair.eos_ids == [0, 2] and pair.student.generation_config.eos_token_id == [0, 2]
-    torch.manual_seed(0)
-    batch = opd.rollout(pair, [[5]] * 200, 30)
+    batch = draw(pair, [[5]] * 200, 30)
     responses = batch.ids[:, 1:]
     teachers_end = (responses == 2) & batch.mask
     assert teachers_end.any() and not responses[:, 1:][teachers_end[:, :-1]].any()
@@ -560,7 +562,7 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
     assert [line["step"] for line in log] == [0, 1, 2]
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "out")
     assert set(summary) == {"args", "versions", "seconds", "before", "after"}
     for when in ("before", "after"):
         assert list(summary[when])[:2] == ["accuracy", "reverse_kl"]
@@ -586,21 +588,17 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     pair = load(store)
     args = opd.parse_args(flags(store, "unused", "--batch-size", 3))
     prompts = [[5, 6], [10], [11, 12, 13]]
-    torch.manual_seed(args.seed)
-    batch = opd.rollout(pair, prompts, 6)
+    batch = draw(pair, prompts)
     texts = [pair.tokenizer.decode(opd.tokens(one)) for one in opd.split(batch, 1)]
     answers = [texts[0].removesuffix(" <eos>"), None, texts[2] + "9"]  # right, not asked, wrong
     measured = opd.evaluate(pair, list(zip(prompts, answers)), args)
     values = []
     for b, prompt in enumerate(prompts):
-        p, q = (model(batch.ids[b:b + 1, 3 - len(prompt):]).logits[0]
-                for model in (pair.student, pair.teacher))
-        for t in range(int(batch.mask[b].sum())):
-            x, y = (softmax(rows(z)[len(prompt) - 1 + t]) for z in (p, q))
-            reverse = sum(a * math.log(a / b) for a, b in zip(x, y))
-            forward = sum(b * math.log(b / a) for a, b in zip(x, y))
+        response = batch.ids[b, 3:][batch.mask[b]].tolist()
+        for x, y in zip(*(map(softmax, rows(own_logits(model, prompt, response)))
+                          for model in (pair.student, pair.teacher))):
             entropy = -sum(a * math.log(a) for a in x)
-            values.append((reverse, forward, entropy, top(x, 1) == top(y, 1)))
+            values.append((kl(x, y), kl(y, x), entropy, top(x, 1) == top(y, 1)))
     means = [sum(column) / len(values) for column in zip(*values)]
     names = ["reverse_kl", "forward_kl", "entropy", "agreement"]
     assert [measured[name] for name in names] == pytest.approx(means, abs=1e-4)
@@ -611,7 +609,7 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
 def test_without_answers_there_is_no_accuracy(store, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
     run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "out")
     assert "accuracy" not in summary["after"] and "reverse_kl" in summary["after"]
 
 def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
@@ -640,7 +638,7 @@ def test_logged_loss_is_the_mean_over_the_kept_positions_of_the_whole_step(store
 
 def test_full_distillation_brings_the_student_closer(store, tmp_path):
     run(store, tmp_path / "out", "--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8)
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "out")
     assert summary["after"]["reverse_kl"] < 0.7 * summary["before"]["reverse_kl"]
 
 def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(store, tmp_path):
@@ -694,17 +692,14 @@ def plain_step(student, teacher, prompts, batch, temperature, k, budget):
     found, losses, width = [], {}, batch.mask.shape[1]
     for b, prompt in enumerate(prompts):
         response = batch.ids[b, -width:][:int(batch.mask[b].sum())].tolist()
-        ids = torch.tensor([prompt + response])
-        p, q = ((m(ids).logits[0, len(prompt) - 1:-1] / temperature) for m in (student, teacher))
+        p, q = (own_logits(m, prompt, response) / temperature for m in (student, teacher))
         for t in range(len(response)):
             x, y = softmax(p[t].tolist()), softmax(q[t].tolist())
             union = top(x, k) | top(y, k)
-            a, c = (sum(z[v] for v in union) for z in (x, y))
             found.append({
-                "at": (b, t), "entropy": -sum(u * math.log(u) for u in x), "divergence": sum(
-                    y[v] / c * math.log(y[v] / c * a / x[v]) for v in union), "compatibility": sum(
-                        y[v] for v in top(x, k)), "kl_all": sum(
-                            u * math.log(u / w) for u, w in zip(x, y))})
+                "at": (b, t), "entropy": -sum(u * math.log(u) for u in x), "kl_all": kl(x, y),
+                "divergence": kl(restricted(y, union), restricted(x, union)),
+                "compatibility": sum(y[v] for v in top(x, k))})
             logp, logq = p[t].log_softmax(0), q[t].log_softmax(0)
             losses[b, t] = (logp.exp() * (logp - logq)).sum()
     d, c = ([z[key] for z in found] for key in ("divergence", "compatibility"))
@@ -1141,15 +1136,11 @@ def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measur
     pair, first = load(store), [line for line in positions if line["context"] == 0]
     lines = (folder / "many.jsonl").read_text().splitlines()[-12:]
     prompt = pair.tokenizer(json.loads(lines[0])["prompt"]).input_ids
-    ids = torch.tensor([prompt + [line["id"] for line in first]])
-    p, q = (model(ids).logits[0, len(prompt) - 1:-1] for model in pair[:2])
-    for line, a, b in zip(first, rows(p), rows(q)):
-        x, y = softmax(a), softmax(b)
-        forward = sum(w * math.log(w / u) for u, w in zip(x, y))
-        reverse = sum(u * math.log(u / w) for u, w in zip(x, y))
-        common = sum(map(min, x, y))
+    p, q = (map(softmax, rows(own_logits(model, prompt, [line["id"] for line in first])))
+            for model in pair[:2])
+    for line, x, y in zip(first, p, q):
         found = [line["forward_kl"], line["reverse_kl"], line["overlap"]]
-        assert found == pytest.approx([forward, reverse, common], abs=1e-4)
+        assert found == pytest.approx([kl(y, x), kl(x, y), sum(map(min, x, y))], abs=1e-4)
 
 def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(
         store, measured, tmp_path):
@@ -1191,14 +1182,15 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
         folder = tmp_path / f"{method}-{seed}"
         folder.mkdir()
         args = {"select": method, "budget": 0.1, "seed": seed}
-        after = {"accuracy": right, "reverse_kl": 2.0, "entropy": 1.0}
+        after = {"accuracy": right, "reverse_kl": 2.0, "entropy": 1.0, "agreement": 0.75}
         summary = {"args": args, "before": after | {"accuracy": 0.1 + seed / 10}, "after": after}
         (folder / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "broken").mkdir()
     diagnose.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
     out = capsys.readouterr().out
     # mean 0.6, sample deviation 0.283; minus full: -0.1 and 0.1; minus random: 0.1, seed 0 alone
-    assert "| tip | 10% | 2 | 0.600 ± 0.283 | 2.000 ± 0.000 | +0.000 ± 0.141 | +0.100 |" in out
+    assert ("| tip | 10% | 2 | 0.600 ± 0.283 | 2.000 ± 0.000 | 0.750 ± 0.000 | +0.000 ± 0.141 "
+            "| +0.100 |") in out
     assert "| full | 100% | 2 |" in out and "broken" in out
     assert "| before training | 0% | 2 | 0.150 ± 0.071 |" in out
     assert "-0.450 ± 0.071 | - |" in out  # 0.1 - 0.5 and 0.2 - 0.7
