@@ -311,8 +311,8 @@ def compare(runs):
     for run in runs:
         try:
             summary = json.loads((Path(run) / "summary.json").read_text())
-            args = summary["args"]
-            keys = [key for key in ("accuracy", "reverse_kl", "agreement") if key in summary["after"]]
+            args, known = summary["args"], summary["after"]
+            keys = [key for key in ("accuracy", "reverse_kl", "agreement") if key in known]
             cell = 1 if args["select"] == "full" else args["budget"], args["select"]
             for place, when in ((cell, "after"), ((0, "before training"), "before")):
                 cells[place][args["seed"]] = [summary[when][key] for key in keys]
