@@ -1141,6 +1141,7 @@ def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measur
     for line, x, y in zip(first, p, q):
         found = [line["forward_kl"], line["reverse_kl"], line["overlap"]]
         assert found == pytest.approx([kl(y, x), kl(x, y), sum(map(min, x, y))], abs=1e-4)
+        assert line["token"] == f"w{line['id']}" or line["id"] < 3
 
 def test_features_come_from_before_training_alone_and_an_unchanged_student_gains_nothing(
         store, measured, tmp_path):
