@@ -92,8 +92,8 @@ def test_bf16_logits_are_cast_before_the_softmax():
     t = (s.float() + 0.05 * logits(50, 200, seed=1)).bfloat16()
     for f in (opd.forward_kl, opd.reverse_kl, lambda s, t: opd.divergence(s, t, 8)):
         exact = f(s.double().float(), t.double().float())
-        assert (f(s, t).dtype == torch.float32 and torch.equal(f(s, t), exact)
-                and (exact > -1e-6).all())
+        assert torch.equal(f(s, t), exact) and f(s, t).dtype == torch.float32
+        assert (exact > -1e-6).all()
     assert opd.entropy(s).dtype == opd.compatibility(s, t, 8).dtype == torch.float32
 
 def test_extreme_logits_give_finite_values_and_gradients():
@@ -110,8 +110,8 @@ def test_each_function_of_the_mathematics_runs_alone_when_pasted():
     for name, arguments in {
             "entropy": (s,), "forward_kl": (s, t), "reverse_kl": (s, t), "divergence": (s, t, 2),
             "compatibility": (s, t, 2), "robust_normalize": (s, mask),
-            "select_positions": (s, mask, 0.3), "response_mask": (torch.tensor([[5, 0, 7]]), [
-                0])}.items():
+            "select_positions": (s, mask, 0.3),
+            "response_mask": (torch.tensor([[5, 0, 7]]), [0])}.items():
         alone = {"torch": torch, "math": math, "numpy": np}  # the imports, and no other function
         exec(re.search(rf"^def {name}\(.*?(?=^def |^# ----|\Z)", source, re.M | re.S)[0], alone)
         assert torch.equal(alone[name](*arguments), getattr(opd, name)(*arguments))
@@ -141,8 +141,8 @@ def test_robust_normalize_of_constant_single_and_no_values_is_zero():
 def test_robust_normalize_takes_more_values_than_torch_quantile_does():
     values = torch.arange(16_777_217 + 1.0).flip(0)[None]
     out = opd.robust_normalize(values, values > -1)
-    assert (out.max() == 1 and out.min() == 0
-            and out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3))
+    assert out.max() == 1 and out.min() == 0
+    assert out[0, len(out[0]) // 2] == pytest.approx(0.5, abs=1e-3)
 
 def grids(seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -174,8 +174,8 @@ def test_soft_or_ties_exactly_where_entropy_is_saturated():
 def test_learnable_and_incompatible_add_up_to_the_disagreement():
     H, D, C, mask = grids()
     score = lambda method: opd.position_scores(method, H, D, C, mask)
-    assert torch.allclose(
-        score("teachability") + score("incompatible"), score("divergence"), atol=1e-6)
+    both = score("teachability") + score("incompatible")
+    assert torch.allclose(both, score("divergence"), atol=1e-6)
 
 def test_random_scores_follow_their_generator_and_unknown_methods_are_refused():
     H, D, C, mask = grids()
@@ -204,8 +204,8 @@ def test_selection_agrees_with_brute_force_also_with_ties_and_empty_rows():
         mask = [[t < n for t in range(R)] for n in (dice.randint(0, R) for _ in range(B))]
         budget = dice.choice([0.03, 0.1, 0.29, 0.5, 1])
         keep = opd.select_positions(torch.tensor(scores), torch.tensor(mask), budget)
-        assert set(map(tuple,
-                       keep.nonzero().tolist())) == brute_force_selection(scores, mask, budget)
+        found = set(map(tuple, keep.nonzero().tolist()))
+        assert found == brute_force_selection(scores, mask, budget)
 
 def test_budget_counts_are_free_of_float_noise():
     scores, mask = torch.rand(1, 100), torch.ones(1, 100) > 0
@@ -334,6 +334,9 @@ def one_line(capsys, says, status=2):
     assert stop.value.code == status and "Traceback" not in error
     assert error.startswith("error: ") or error.count("\nerror: ") == 1
     assert re.search(says, error.strip().splitlines()[-1])
+
+def finite(log):
+    return all(math.isfinite(value) for line in log for value in line.values())
 
 def timeless(log):
     return [{key: value for key, value in line.items() if "seconds" not in key} for line in log]
@@ -493,11 +496,10 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
 def test_padding_rows_beyond_the_tokenizer_may_be_sampled(store, tmp_path):
-    paths = [
-        put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
-        for name, seed in (("s", 1), ("t", 2))]
+    paths = [put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
+             for name, seed in (("s", 1), ("t", 2))]
     log = run(store, tmp_path / "out", "--student", paths[0], "--teacher", paths[1])
-    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert finite(log)
 
 def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     student, teacher = model_of("qwen3", scale=0.0), model_of("qwen3", seed=1)
@@ -560,7 +562,7 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
         store, tmp_path, family, loss, method, capsys):
     log = run(store, tmp_path / "out", "--loss", loss, "--select", method, family=family)
     assert [line["step"] for line in log] == [0, 1, 2]
-    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert finite(log)
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
     summary = summary_of(tmp_path / "out")
     assert set(summary) == {"args", "versions", "seconds", "before", "after"}
@@ -568,8 +570,8 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
         assert list(summary[when])[:2] == ["accuracy", "reverse_kl"]
         assert all(math.isfinite(value) for value in summary[when].values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
-    assert tokenizer("w5").input_ids == [
-        5] and not same_weights(store / f"{family}-student", tmp_path / "out" / "student")
+    assert tokenizer("w5").input_ids == [5]
+    assert not same_weights(store / f"{family}-student", tmp_path / "out" / "student")
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
 
@@ -661,19 +663,18 @@ def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, 
     "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]])
 def test_degenerate_settings_run_without_nan(store, tmp_path, more):
     log = run(store, tmp_path / "out", *more)
-    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert finite(log)
 
 def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(store, tmp_path):
     for name, ends, length in (("stops", list(range(V)), 1), ("never", None, 6)):
         model = model_of("qwen3", seed=1)
         model.config.eos_token_id = model.generation_config.eos_token_id = ends
         tokenizer = tokenizer_of(eos_token="<eos>" if ends else None)
-        paths = [
-            put(tmp_path / f"{name}-{role}", model, tokenizer) for role in ("student", "teacher")]
+        paths = [put(tmp_path / f"{name}-{role}", model, tokenizer)
+                 for role in ("student", "teacher")]
         log = run(store, tmp_path / f"{name}-out", "--student", paths[0], "--teacher", paths[1])
-        assert all(
-            line["mean_length"] == length and line["truncated"] == (not ends) for line in log)
-        assert all(math.isfinite(value) for line in log for value in line.values())
+        assert all(z["mean_length"] == length and z["truncated"] == (not ends) for z in log)
+        assert finite(log)
 
 # ---- The whole: a plain reimplementation, and which prompts go where
 
@@ -970,8 +971,8 @@ def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
         X = np.column_stack([np.ones(len(at)), z(x)[at], z(y)[at]])
         solution, residual, *_ = np.linalg.lstsq(X, z(outcome)[at], rcond=None)
         total = ((z(outcome)[at] - z(outcome)[at].mean())**2).sum()
-        assert slope == pytest.approx(
-            solution[1:]) and explained == pytest.approx(1 - residual[0] / total)
+        assert slope == pytest.approx(solution[1:])
+        assert explained == pytest.approx(1 - residual[0] / total)
 
 def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
     generator, context = clusters()
@@ -979,9 +980,8 @@ def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
     weights = diagnose.cluster_weights(12, 10, seed=1)
     for row, correlation in zip(weights, diagnose.spearman(x, y, context, weights)):
         at = repeated(row, context)
-        a, b = ([
-            np.mean([i for i, v in enumerate(sorted(values)) if v == value]) for value in values]
-                for values in (x[at].tolist(), y[at].tolist()))
+        a, b = ([np.mean([i for i, v in enumerate(sorted(values)) if v == value])
+                 for value in values] for values in (x[at].tolist(), y[at].tolist()))
         assert correlation == pytest.approx(np.corrcoef(a, b)[0, 1])
 
 def test_group_means_and_quantile_groups_are_those_worked_out_by_hand():
@@ -1040,8 +1040,8 @@ def test_the_report_is_that_of_a_plain_recomputation():
         d, c = tilde(f"D{k}"), tilde(f"C{k}")
         for name, outcome in outcomes.items():
             fits = []
-            for columns in ([h, d * c, d * (1 - c), position, teacher], [
-                    h, d, h * d, position, teacher]):
+            for columns in ([h, d * c, d * (1 - c), position, teacher],
+                            [h, d, h * d, position, teacher]):
                 X = np.column_stack([np.ones(n), *map(z, columns)])
                 solution, residual, *_ = np.linalg.lstsq(X, z(outcome))
                 fits.append((solution[2], solution[3], 1 - residual[0] / n))
@@ -1110,15 +1110,15 @@ def test_a_constant_feature_is_named_instead_of_printing_nan(capsys):
 def diagnosis(store, out, *more):
     diagnose.main(flags(store, out, "--contexts", 12, "--bootstrap", 50, *more))
     positions = [json.loads(line) for line in open(out / "positions.jsonl")]
-    return (json.loads(
-        (out / "report.json").read_text()), positions, (out / "report.html").read_text())
+    report, page = ((out / f"report.{kind}").read_text() for kind in ("json", "html"))
+    return json.loads(report), positions, page
 
 @pytest.fixture(scope="session")
 def measured(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     prompts_file(folder / "many.jsonl", 30)
-    return folder, diagnosis(store, folder / "out", "--prompts", folder / "many.jsonl", "--steps",
-                             5)
+    more = ["--prompts", folder / "many.jsonl", "--steps", 5]
+    return folder, diagnosis(store, folder / "out", *more)
 
 def test_a_real_diagnosis_reports_all_five_parts_with_intervals(measured):
     _, (report, positions, page) = measured
@@ -1328,8 +1328,10 @@ def test_the_worked_example_of_the_readme_is_right():
                    "-0.09"):
         assert number in readme
 
-def test_every_command_of_the_readme_uses_flags_that_exist():
+def test_every_command_of_the_readme_uses_flags_that_exist_and_every_figure_is_there():
     readme = (HERE / "README.md").read_text()
+    figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", readme)
+    assert figures and all(0 < (HERE / figure).stat().st_size < 200_000 for figure in figures)
     commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", readme)
     known = {}
     for name, run in (("opd", "parse_args"), ("diagnose", "main")):
