@@ -1196,12 +1196,12 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
     assert "| before training | 0% | 2 | 0.150 ± 0.071 |" in out
     assert "-0.450 ± 0.071 | - |" in out  # 0.1 - 0.5 and 0.2 - 0.7
 
-# ---- The block of README section 8 that puts the selection into TRL, executed as it stands there
+# ---- The block of README section 6 that puts the selection into TRL, executed as it stands there
 
 def trl_block():
     pytest.importorskip("trl")
     readme = (HERE / "README.md").read_text()
-    return re.search(r"```python\n(import torch\nfrom trl.*?)```", readme, re.S)[1]
+    return re.search(r"```python\n(import [^\n]*\nfrom trl.*?)```", readme, re.S)[1]
 
 TRAINER = """
 import json, sys, torch, opd, test_opd
@@ -1328,11 +1328,12 @@ def test_the_worked_example_of_the_readme_is_right():
                    "-0.09"):
         assert number in readme
 
-def test_every_command_of_the_readme_uses_flags_that_exist_and_every_figure_is_there():
+def test_every_command_of_the_readme_uses_flags_that_exist_and_its_figures_are_there():
     readme = (HERE / "README.md").read_text()
     figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", readme)
     assert figures and all(0 < (HERE / figure).stat().st_size < 200_000 for figure in figures)
-    commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", readme)
+    scripts = readme + (HERE / ".evidence/runs.sh").read_text()
+    commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", scripts)
     known = {}
     for name, run in (("opd", "parse_args"), ("diagnose", "main")):
         text = python(f"import {name}; {name}.{run}(['--help'])").stdout
