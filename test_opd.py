@@ -19,6 +19,7 @@ import diagnose
 import opd
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
 V = 64  # vocabulary of the tiny models
 
 def softmax(scores):
@@ -54,7 +55,7 @@ def test_entropy_and_both_kl_directions_agree_with_loops():
         assert reverse == pytest.approx(kl(p, q), abs=1e-5)
     assert {z.shape for z in found} == {(2, 3)}
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 3, 5, 99])  # 99: more than there are
 def test_divergence_and_compatibility_agree_with_loops_over_sets(k):
     s, t = logits(4, 5, 9), logits(4, 5, 9, seed=1)
     found = opd.divergence(s, t, k).flatten(), opd.compatibility(s, t, k).flatten()
@@ -74,12 +75,6 @@ def test_divergence_uses_the_exact_student_probability_of_the_teachers_tokens():
     p, q = torch.tensor([0.72, 0.1, 0.1, 0.08]), torch.tensor([0.2, 0.1, 0.1, 0.6])
     expected = 0.25 * math.log(0.25 / 0.9) + 0.75 * math.log(0.75 / 0.1)
     assert opd.divergence(p.log(), q.log(), 1) == pytest.approx(expected, abs=1e-5)
-
-def test_k_larger_than_the_vocabulary_means_the_whole_vocabulary():
-    s, t = logits(3, 6), logits(3, 6, seed=1)
-    assert torch.allclose(opd.compatibility(s, t, 99), torch.ones(3))
-    for a, b, d in zip(rows(s), rows(t), opd.divergence(s, t, 99)):
-        assert d == pytest.approx(kl(softmax(b), softmax(a)), abs=1e-5)
 
 @pytest.mark.parametrize("function", [opd.divergence, opd.compatibility])
 @pytest.mark.parametrize("k", [0, -1])
@@ -170,12 +165,6 @@ def test_soft_or_ties_exactly_where_entropy_is_saturated():
     H[:, 0] = 9.0  # beyond the 95 % quantile: normalised to 1, so D must make no difference
     for method in ("tip", "teachability_entropy"):
         assert opd.position_scores(method, H, D, C, mask)[:, 0].tolist() == [1.0] * 4
-
-def test_learnable_and_incompatible_add_up_to_the_disagreement():
-    H, D, C, mask = grids()
-    score = lambda method: opd.position_scores(method, H, D, C, mask)
-    both = score("teachability") + score("incompatible")
-    assert torch.allclose(both, score("divergence"), atol=1e-6)
 
 def test_random_scores_follow_their_generator_and_unknown_methods_are_refused():
     H, D, C, mask = grids()
@@ -283,6 +272,14 @@ def put(folder, model, tokenizer=None):
     (tokenizer or tokenizer_of()).save_pretrained(folder)
     return str(folder)
 
+def uneven_pair(folder):
+    """Two models far apart, whose responses end after different numbers of tokens."""
+    pair = [model_of("qwen3", seed, scale=12.0).eval() for seed in (0, 1)]
+    for role, model in zip(("student", "teacher"), pair):
+        model.generation_config.eos_token_id = list(range(12))
+        put(folder / role, model)
+    return pair
+
 def prompts_file(path, count=12, **more):
     dice = random.Random(0)
     with open(path, "w") as file:
@@ -308,9 +305,13 @@ def flags(store, out, *more, family="qwen3"):
         "--max-new-tokens", "6", "--lr", "1e-3", "--eval-prompts", "4", "--device", "cpu", "--out",
         str(out), *map(str, more)]
 
-def run(store, out, *more, family="qwen3"):
-    opd.main(opd.parse_args(flags(store, out, *more, family=family)))
-    return [json.loads(line) for line in open(out / "log.jsonl")]
+@pytest.fixture
+def run(store, tmp_path):
+    """The program with these flags, into tmp_path / name -> its log."""
+    def main(name, *more, family="qwen3"):
+        opd.main(opd.parse_args(flags(store, tmp_path / name, *more, family=family)))
+        return [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+    return main
 
 def summary_of(out):
     return json.loads((out / "summary.json").read_text())
@@ -413,13 +414,6 @@ def test_gradient_does_not_depend_on_the_micro_batches(store):
     for size in (1, 2):
         assert torch.allclose(gradient(pair, batch, keep, size), whole, atol=1e-6)
 
-def test_micro_batches_of_the_command_line_change_nothing_but_rounding(store, tmp_path):
-    more = ["--lr", 3e-2, "--steps", 5]  # enough for a wrong gradient to show in the losses
-    logs = [run(store, tmp_path / size, "--micro-batch-size", size, *more) for size in "124"]
-    *small, whole = ([line["loss"] for line in log] for log in logs)
-    for losses in small:
-        assert losses == pytest.approx(whole, abs=1e-4)
-
 # ---- Rollouts
 
 def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
@@ -431,16 +425,14 @@ def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
     drawn = torch.bincount(opd.tokens(batch), minlength=300)
     assert (drawn > 0).sum() > 290  # about ten draws a token
 
-def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
+def test_one_temperature_governs_sampling_and_scoring(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
-    cold, warm = (opd.load_pair(path, path, temperature=t) for t in (0.25, 1.0))
-    batch = draw(cold, [[5]] * 4000, 1)
-    one = opd.split(batch, 1)[0]
-    scored, plain = (opd.measure(pair, one, 1, lambda p, q, y: (p, q)) for pair in (cold, warm))
-    expected = torch.softmax(4 * plain[0][0], -1)
+    pair = opd.load_pair(path, path, temperature=0.25)
+    batch = draw(pair, [[5]] * 4000, 1)
+    expected = torch.softmax(4 * own_logits(pair.student, [5], [0])[0], -1)
+    for scored in opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q)):
+        assert torch.allclose(scored[0].softmax(-1), expected, atol=1e-5)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
-    for ours in scored:  # the student's and the teacher's
-        assert torch.allclose(ours[0].softmax(-1), expected, atol=1e-5)
     assert (drawn - expected).abs().max() < 0.04 and expected.max() > 0.1
 
 def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp_path):
@@ -454,16 +446,16 @@ def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp
         for row, y, logp in zip(rows(own[:, :V] / 0.7), response, batch.logp[b]):
             assert logp == pytest.approx(math.log(softmax(row)[y]), abs=1e-4)
 
-def test_the_log_tells_how_far_sampling_and_scoring_are_apart(store, tmp_path, monkeypatch):
+def test_the_log_tells_how_far_sampling_and_scoring_are_apart(run, monkeypatch):
     more = ["--temperature", 0.8]
-    assert all(line["sampling_gap"] < 1e-5 for line in run(store, tmp_path / "a", *more))
+    assert all(line["sampling_gap"] < 1e-5 for line in run("a", *more))
     real = opd.rollout
     def elsewhere(*args):  # as if every token had been drawn with a quarter nat more
         batch = real(*args)
         return batch._replace(logp=batch.logp + 0.25)
 
     monkeypatch.setattr(opd, "rollout", elsewhere)
-    for line in run(store, tmp_path / "b", *more):
+    for line in run("b", *more):
         assert line["sampling_gap"] == pytest.approx(0.25, abs=1e-4)
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
@@ -495,10 +487,10 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
         p, q = opd.measure(pair, batch, 40, lambda p, q, y: (p, q))
         assert pair.width == V == p.shape[-1] == q.shape[-1] and batch.ids.max() < V
 
-def test_padding_rows_beyond_the_tokenizer_may_be_sampled(store, tmp_path):
+def test_padding_rows_beyond_the_tokenizer_may_be_sampled(run, tmp_path):
     paths = [put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
              for name, seed in (("s", 1), ("t", 2))]
-    log = run(store, tmp_path / "out", "--student", paths[0], "--teacher", paths[1])
+    log = run("out", "--student", paths[0], "--teacher", paths[1])
     assert finite(log)
 
 def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
@@ -559,8 +551,8 @@ def test_an_answer_is_right_if_its_last_number_is_the_responses_last(response, a
     ("qwen3", "reverse_kl", "teachability"), ("llama", "sampled", "tip"),
     ("gpt2", "forward_kl", "random")])
 def test_a_real_run_leaves_a_student_a_log_and_a_summary(
-        store, tmp_path, family, loss, method, capsys):
-    log = run(store, tmp_path / "out", "--loss", loss, "--select", method, family=family)
+        run, store, tmp_path, family, loss, method, capsys):
+    log = run("out", "--loss", loss, "--select", method, family=family)
     assert [line["step"] for line in log] == [0, 1, 2]
     assert finite(log)
     assert all(line["kept"] >= math.ceil(0.1 * line["valid"]) for line in log)
@@ -575,8 +567,8 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
 
-def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(store, tmp_path, capsys):
-    log = run(store, tmp_path / "out", "--steps", 21)
+def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(run, capsys):
+    log = run("out", "--steps", 21)
     heading, *shown = re.findall(r"^ +(?:step|\d+)  .*", capsys.readouterr().out, re.M)
     assert heading.split()[:3] == ["step", "loss", "kl_all"] and len(log) == 21
     assert [int(line.split()[0]) for line in shown] == list(range(0, 21, 2))
@@ -608,52 +600,45 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     assert measured["truncated"] == sum(0 not in batch.ids[b, 3:] for b in range(3)) / 3
     assert repr(texts[0].removesuffix(" <eos>")) in capsys.readouterr().out  # the printed sample
 
-def test_without_answers_there_is_no_accuracy(store, tmp_path):
+def test_without_answers_there_is_no_accuracy(run, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 10)
-    run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
+    run("out", "--prompts", tmp_path / "p.jsonl")
     summary = summary_of(tmp_path / "out")
     assert "accuracy" not in summary["after"] and "reverse_kl" in summary["after"]
 
-def test_same_seed_same_log_and_other_seed_other_log(store, tmp_path):
-    a, b, c = (timeless(run(store, tmp_path / name, "--seed", seed))
-               for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+def test_same_seed_same_log_and_other_seed_other_log(run, tmp_path):
+    a, b, c = (timeless(run(name, "--seed", seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     assert same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
     assert a == b and a != c
 
-def test_the_seed_changes_the_samples_and_not_only_the_order_of_the_prompts(store, tmp_path):
+def test_the_seed_changes_the_samples_and_not_only_the_order_of_the_prompts(run, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5 w6"}\n' * 12)
-    a, b = (run(store, tmp_path / seed, "--seed", seed, "--prompts", tmp_path / "p.jsonl")
-            for seed in "34")
+    a, b = (run(seed, "--seed", seed, "--prompts", tmp_path / "p.jsonl") for seed in "34")
     assert a[0]["kl_all"] != b[0]["kl_all"]
 
-def test_budget_one_is_full_opd_bit_for_bit(store, tmp_path):
-    full = timeless(run(store, tmp_path / "full", "--select", "full"))
+def test_budget_one_is_full_opd_bit_for_bit(run, tmp_path):
+    full = timeless(run("full", "--select", "full"))
     for method in ("divergence", "random"):
-        assert timeless(run(store, tmp_path / method, "--select", method, "--budget", 1)) == full
+        assert timeless(run(method, "--select", method, "--budget", 1)) == full
         assert same_weights(tmp_path / "full" / "student", tmp_path / method / "student")
     assert full[0]["kept"] == full[0]["valid"]
 
-def test_logged_loss_is_the_mean_over_the_kept_positions_of_the_whole_step(store, tmp_path):
-    log = run(store, tmp_path / "out", "--select", "full", "--micro-batch-size", 1)
-    loss, kl_all = ([line[key] for line in log] for key in ("loss", "kl_all"))
-    assert loss == pytest.approx(kl_all, abs=1e-5)
-
-def test_full_distillation_brings_the_student_closer(store, tmp_path):
-    run(store, tmp_path / "out", "--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8)
+def test_full_distillation_brings_the_student_closer(run, tmp_path):
+    run("out", "--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8)
     summary = summary_of(tmp_path / "out")
     assert summary["after"]["reverse_kl"] < 0.7 * summary["before"]["reverse_kl"]
 
-def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(store, tmp_path):
+def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(run, tmp_path):
     model = model_of("qwen3", seed=1).bfloat16()
     path = put(tmp_path / "bf16", model)
     more = ["--student", path, "--lr", "1e-6", "--steps", 20, "--select", "full"]
-    run(store, tmp_path / "out", *more)
+    run("out", *more)
     before, after = model.state_dict(), weights_of(tmp_path / "out" / "student")
     moved = sum(int((after[name] != before[name].float()).sum()) for name in after)
     assert moved > 0.9 * sum(w.numel() for w in after.values())
 
-def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, tmp_path):
-    run(store, tmp_path / "out", "--lr", 1, "--steps", 1, "--select", "full")
+def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(run, store, tmp_path):
+    run("out", "--lr", 1, "--steps", 1, "--select", "full")
     before, after = weights_of(store / "qwen3-student"), weights_of(tmp_path / "out" / "student")
     lr = 0.1  # after one step Adam's two moments cancel: every weight moves by lr, after the decay
     moved = torch.cat([(after[n] - w * (1 - lr * 0.1)).abs().flatten() for n, w in before.items()])
@@ -661,18 +646,18 @@ def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(store, 
 
 @pytest.mark.parametrize(
     "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]])
-def test_degenerate_settings_run_without_nan(store, tmp_path, more):
-    log = run(store, tmp_path / "out", *more)
+def test_degenerate_settings_run_without_nan(run, more):
+    log = run("out", *more)
     assert finite(log)
 
-def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(store, tmp_path):
+def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(run, tmp_path):
     for name, ends, length in (("stops", list(range(V)), 1), ("never", None, 6)):
         model = model_of("qwen3", seed=1)
         model.config.eos_token_id = model.generation_config.eos_token_id = ends
         tokenizer = tokenizer_of(eos_token="<eos>" if ends else None)
         paths = [put(tmp_path / f"{name}-{role}", model, tokenizer)
                  for role in ("student", "teacher")]
-        log = run(store, tmp_path / f"{name}-out", "--student", paths[0], "--teacher", paths[1])
+        log = run(f"{name}-out", "--student", paths[0], "--teacher", paths[1])
         assert all(z["mean_length"] == length and z["truncated"] == (not ends) for z in log)
         assert finite(log)
 
@@ -715,15 +700,12 @@ def plain_step(student, teacher, prompts, batch, temperature, k, budget):
         expected[key] = sum(z[key] for z in found) / len(found)
     return expected, torch.autograd.grad(loss, list(student.parameters()))
 
-def test_two_whole_steps_are_those_of_a_plain_reimplementation(store, tmp_path, monkeypatch):
-    calls, models = recorded_rollouts(monkeypatch), []
-    more = ["--temperature", 0.7, "--budget", 0.3, "--top-k", 3, "--micro-batch-size", 2]
-    for seed, role in enumerate(("student", "teacher")):
-        models.append(model_of("qwen3", seed, scale=12.0))
-        models[-1].generation_config.eos_token_id = list(range(12))  # for different lengths
-        more += [f"--{role}", put(tmp_path / role, models[-1])]
-    student, teacher = (model.eval() for model in models)
-    log = run(store, tmp_path / "out", *more, "--steps", 2, "--lr", 1e-2)
+def test_two_whole_steps_are_those_of_a_plain_reimplementation(run, tmp_path, monkeypatch):
+    calls = recorded_rollouts(monkeypatch)
+    more = ["--temperature", 0.7, "--budget", 0.3, "--top-k", 3, "--micro-batch-size", 2,
+            "--student", tmp_path / "student", "--teacher", tmp_path / "teacher"]
+    student, teacher = uneven_pair(tmp_path)
+    log = run("out", *more, "--steps", 2, "--lr", 1e-2)
     weights = list(student.parameters())
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
     for step, (prompts, batch) in enumerate(calls[1:3]):  # between the two evaluations
@@ -745,12 +727,11 @@ def test_two_whole_steps_are_those_of_a_plain_reimplementation(store, tmp_path, 
         wrong = (after[name] - w).abs() > 2e-5  # Adam blows up the rounding of gradients near 0
         assert wrong.float().mean() < 0.02, name
 
-def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
-        store, tmp_path, monkeypatch):
+def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(run, tmp_path, monkeypatch):
     calls = recorded_rollouts(monkeypatch)
     lines = [json.dumps({"prompt": f"w{3 + i}"}) + "\n" for i in range(12)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
-    run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
+    run("out", "--prompts", tmp_path / "p.jsonl")
     before, *steps, after = ([ids for (ids,) in prompts] for prompts, _ in calls)
     assert before == after == [11, 12, 13, 14]
     assert sorted(steps[0] + steps[1]) == list(range(3, 11)) and steps[2] == steps[0]
@@ -758,13 +739,12 @@ def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
 
 # ---- Interruptions
 
-def test_a_resumed_run_continues_bit_for_bit(store, tmp_path):
-    whole = run(store, tmp_path / "whole", "--steps", 5, "--save-every", 2)
-    rest = run(store, tmp_path / "rest", "--steps", 5, "--resume", tmp_path / "whole" / "step-2")
+def test_a_resumed_run_continues_bit_for_bit(run, tmp_path):
+    whole = run("whole", "--steps", 5, "--save-every", 2)
+    rest = run("rest", "--steps", 5, "--resume", tmp_path / "whole" / "step-2")
     assert timeless(rest) == timeless(whole[2:])
     assert same_weights(tmp_path / "whole" / "student", tmp_path / "rest" / "student")
-    without = run(store, tmp_path / "other", "--steps", 5, "--student",
-                  tmp_path / "whole" / "step-2")
+    without = run("other", "--steps", 5, "--student", tmp_path / "whole" / "step-2")
     assert timeless(without)[:3] != timeless(rest)
 
 KILL = """
@@ -784,12 +764,12 @@ def python(code, *args, **more):
     return subprocess.run([sys.executable, "-c", code, *args], cwd=HERE, capture_output=True,
                           text=True, timeout=100, **more)
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(store, tmp_path):
+def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(run, store, tmp_path):
     every = flags(store, tmp_path / "out", "--save-every", 1)
     assert python(KILL.format(signal="SIGKILL"), *every).returncode == -signal.SIGKILL
     saves = [path.name for path in (tmp_path / "out").glob("step-*")]
     assert sorted(saves) == ["step-1", "step-2.partial"]
-    rest = run(store, tmp_path / "rest", "--resume", tmp_path / "out" / "step-1")
+    rest = run("rest", "--resume", tmp_path / "out" / "step-1")
     assert [line["step"] for line in rest] == [1, 2]
     assert not (tmp_path / "rest" / "student" / "state.pt").exists()
 
@@ -802,7 +782,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_earlier_save(store, tmp_path):
     assert weights_of(tmp_path / "out" / "step-1") and not (tmp_path / "out" / "step-2").exists()
 
 def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
-        store, tmp_path, monkeypatch, capsys):
+        run, store, tmp_path, monkeypatch, capsys):
     real, calls = opd.rollout, []
     def interrupted(*args):
         calls.append(args)
@@ -811,19 +791,19 @@ def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
         return real(*args)
     monkeypatch.setattr(opd, "rollout", interrupted)
     with one_line(capsys, str(tmp_path / "out" / "student"), status=130):
-        run(store, tmp_path / "out")
+        run("out")
     assert not same_weights(store / "qwen3-student", tmp_path / "out" / "student")
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(store, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(run, tmp_path, capsys):
     with one_line(capsys, r"step \d+: loss.*--lr", status=1):
-        run(store, tmp_path / "out", "--lr", "1e9", "--steps", 30, "--save-every", 1)
+        run("out", "--lr", "1e9", "--steps", 30, "--save-every", 1)
     assert weights_of(tmp_path / "out" / "step-1")
 
-def test_a_second_run_never_touches_the_first(store, tmp_path, capsys, monkeypatch):
-    run(store, tmp_path / "out")
+def test_a_second_run_never_touches_the_first(run, store, tmp_path, capsys, monkeypatch):
+    run("out")
     before = load_weights(tmp_path / "out" / "student")
     with one_line(capsys, "--out"):
-        run(store, tmp_path / "out", "--seed", 9)
+        run("out", "--seed", 9)
     assert torch.equal(before, load_weights(tmp_path / "out" / "student"))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -855,19 +835,19 @@ def test_half_a_pair_is_refused(capsys):
     ('{"prompt": "w5", "answer": 7}\n', "line 1"),
     ('{"prompt": "w5", "answer": " "}\n', "empty answer")])
 def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(
-        store, tmp_path, content, says, capsys):
+        run, tmp_path, content, says, capsys):
     (tmp_path / "p.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with one_line(capsys, says):
-        opd.run(lambda: run(store, tmp_path / "out", "--prompts", tmp_path / "p.jsonl"))
+        opd.run(lambda: run("out", "--prompts", tmp_path / "p.jsonl"))
     assert not (tmp_path / "out").exists()
 
-def test_missing_paths_get_one_line_that_names_them(store, tmp_path, capsys):
+def test_missing_paths_get_one_line_that_names_them(run, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for flag, path in (("--student", tmp_path / "none"), ("--prompts", "none.jsonl"),
                        ("--out", tmp_path / "file" / "out"), ("--device", "abacus"),
                        ("--device", "cuda:99"), ("--resume", tmp_path / "none")):
         with one_line(capsys, str(path)):
-            opd.run(lambda: run(store, tmp_path / "out", flag, path))
+            opd.run(lambda: run("out", flag, path))
 
 def test_different_tokenizers_are_refused_with_a_token_that_differs(store, tmp_path, capsys):
     other = put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
@@ -1198,39 +1178,21 @@ def test_compare_pairs_runs_by_seed_and_names_what_is_missing(tmp_path, capsys):
 
 # ---- The block of README section 6 that puts the selection into TRL, executed as it stands there
 
-def trl_block():
-    pytest.importorskip("trl")
-    readme = (HERE / "README.md").read_text()
-    return re.search(r"```python\n(import [^\n]*\nfrom trl.*?)```", readme, re.S)[1]
-
-TRAINER = """
-import json, sys, torch, opd, test_opd
-exec(test_opd.trl_block())
-from datasets import Dataset
-
 def trainer_of(folder, size, accumulation=1, steps=1):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    block = {}
+    exec(re.search(r"```python\n(import [^\n]*\nfrom trl.*?)```", README, re.S)[1], block)
     pair = opd.load_pair(f"{folder}/student", f"{folder}/teacher")
-    config = DistillationConfig(
+    config = block["DistillationConfig"](
         output_dir=f"{folder}/out", per_device_train_batch_size=size, max_steps=steps, beta=1.0,
         gradient_accumulation_steps=accumulation, learning_rate=1e-2, max_completion_length=6,
         temperature=1.0, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
         disable_tqdm=True, activation_checkpointing=False, shuffle_dataset=False)
     prompts = Dataset.from_list([{"prompt": f"w{3 + i} w9" + " w8" * (i % 3)} for i in range(24)])
-    return pair, SelectiveDistillationTrainer(
+    return pair, block["SelectiveDistillationTrainer"](
         model=pair.student, teacher_model=pair.teacher, args=config, train_dataset=prompts,
         eval_dataset=prompts, processing_class=pair.tokenizer)
-"""
-
-@pytest.fixture
-def trl(tmp_path):
-    block = trl_block()
-    for seed, role in enumerate(("student", "teacher")):
-        model = model_of("qwen3", seed, scale=12.0)
-        model.generation_config.eos_token_id = list(range(12))  # for different lengths
-        put(tmp_path / role, model)
-    names = {}
-    exec(TRAINER.replace("exec(test_opd.trl_block())", block), names)
-    return tmp_path, lambda *args: names["trainer_of"](tmp_path, *args)
 
 def as_rollout(batch):
     ids, attention = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)
@@ -1238,14 +1200,13 @@ def as_rollout(batch):
     mask = batch["completion_mask"] > 0
     return opd.Rollout(ids, attention, mask, torch.zeros(mask.shape), mask.all(1))
 
-def selection_of_opd(pair, rollout, budget=0.1):
-    args = SimpleNamespace(micro_batch_size=99, top_k=16, select="teachability", budget=budget)
-    scores, _ = opd.score(pair, rollout, args)
-    return opd.select(scores, rollout.mask, args, None)
+def selection_of_opd(pair, rollout):
+    args = SimpleNamespace(micro_batch_size=99, top_k=16, select="teachability", budget=0.1)
+    return opd.select(opd.score(pair, rollout, args)[0], rollout.mask, args, None)
 
-def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
-    _, trainer_of = trl
-    pair, trainer = trainer_of(8)
+def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(tmp_path):
+    uneven_pair(tmp_path)
+    pair, trainer = trainer_of(tmp_path, 8)
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     rollout, keep = as_rollout(batch), batch["tool_mask"] > 0
@@ -1257,9 +1218,9 @@ def test_trl_trains_on_the_mask_and_with_the_gradient_of_opd(trl):
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.999
     assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=0.01)
 
-def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_keeps_all(trl):
-    _, trainer_of = trl
-    pair, trainer = trainer_of(4, 2)
+def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_keeps_all(tmp_path):
+    uneven_pair(tmp_path)
+    pair, trainer = trainer_of(tmp_path, 4, accumulation=2)
     trainer.model.train()
     trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     first, second = trainer._buffered_inputs
@@ -1271,42 +1232,44 @@ def test_in_trl_the_budget_is_that_of_all_accumulated_batches_and_evaluation_kee
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     assert "tool_mask" not in batch
 
-def test_in_trl_two_processes_select_together_and_stay_the_same(trl):
-    folder, _ = trl
-    code = (TRAINER + f"""
-pair, trainer = trainer_of({str(folder)!r}, 4, 1, 2)
-real, batches = trainer._generate_and_score_completions, []
+PROCESS = """
+import sys, torch, test_opd
+folder, batches = sys.argv[1], []
+pair, trainer = test_opd.trainer_of(folder, 4, steps=2)
+real, rank = trainer._generate_and_score_completions, trainer.accelerator.process_index
 trainer._generate_and_score_completions = lambda inputs: batches.append(real(inputs)) or batches[-1]
 trainer.train()
-rank = trainer.accelerator.process_index
 weights = torch.cat([w.detach().flatten() for w in pair.student.parameters()])
-torch.save((batches, weights), f"{folder}/rank-{{rank}}.pt")
-""")
-    (folder / "train.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*launch, folder / "train.py"], capture_output=True, text=True,
-                            timeout=300,
-                            env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+torch.save((batches, weights), f"{folder}/rank-{rank}.pt")
+"""
+
+def test_in_trl_two_processes_select_together_and_stay_the_same(tmp_path):
+    pytest.importorskip("trl")
+    uneven_pair(tmp_path)
+    (tmp_path / "process.py").write_text(PROCESS)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         tmp_path / "process.py", tmp_path], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
-    (mine, weights), (other, others) = (torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1))
+    (mine, weights), (other, others) = (torch.load(tmp_path / f"rank-{i}.pt") for i in (0, 1))
     assert len(mine) == 2 and torch.equal(weights, others)
-    start = load_weights(folder / "student")
-    assert not torch.equal(weights, start)
-    pair = opd.load_pair(f"{folder}/student", f"{folder}/teacher")
-    rollouts, keeps = [], []
-    for batch in (mine[0], other[0]):  # the first step: both still have the student's own weights
-        for key in ("prompt_ids", "prompt_mask"):  # to one width
-            batch[key] = torch.nn.functional.pad(batch[key], (8 - batch[key].shape[1], 0))
-        for key in ("completion_ids", "completion_mask", "tool_mask"):
-            batch[key] = torch.nn.functional.pad(batch[key], (0, 6 - batch[key].shape[1]))
-        rollouts.append(as_rollout(batch))
-        keeps.append(batch["tool_mask"] > 0)
-    both, keep = opd.Rollout(*map(torch.cat, zip(*rollouts))), torch.cat(keeps)
-    assert not torch.equal(rollouts[0].ids, rollouts[1].ids)
-    assert torch.equal(keep, selection_of_opd(pair, both))
+    assert not torch.equal(weights, load_weights(tmp_path / "student"))
+    first = [mine[0], other[0]]  # the first step: both still have the student's own weights
+    for batch in first:
+        for key, value in batch.items():  # to one width: prompts of 8, responses of 6
+            if value.dim() > 1:
+                width = (8 - value.shape[1], 0) if "prompt" in key else (0, 6 - value.shape[1])
+                batch[key] = torch.nn.functional.pad(value, width)
+    both = as_rollout({key: torch.cat([batch[key] for batch in first])
+                       for key in mine[0] if mine[0][key].dim() > 1})
+    keep = torch.cat([batch["tool_mask"] for batch in first]) > 0
+    assert not torch.equal(both.ids[:4], both.ids[4:])
+    assert torch.equal(keep, selection_of_opd(opd.load_pair(
+        f"{tmp_path}/student", f"{tmp_path}/teacher"), both))
     ranked = math.ceil(0.1 * int(both.mask.sum()))
     assert ranked <= keep.sum() <= ranked + len(keep) and (keep.sum(1) > 0).all()
-    assert mine[0]["num_items_in_batch"] == other[0]["num_items_in_batch"] == keep.sum()
+    assert all(batch["num_items_in_batch"] == keep.sum() for batch in first)
 
 # ---- The README
 
@@ -1323,16 +1286,14 @@ def test_the_worked_example_of_the_readme_is_right():
     assert rounded(D * C) == [2.05, 0.58] and rounded(D * (1 - C)) == [0.18, 1.6]
     (gradient,) = torch.autograd.grad(opd.reverse_kl(s, t).sum(), s)
     assert rounded([gradient[0, 1], gradient[1, 2]]) == [-0.33, -0.09]
-    readme = (HERE / "README.md").read_text()
     for number in ("0.64", "2.05", "2.23", "2.18", "0.92", "0.27", "0.58", "0.18", "1.60", "-0.33",
                    "-0.09"):
-        assert number in readme
+        assert number in README
 
 def test_every_command_of_the_readme_uses_flags_that_exist_and_its_figures_are_there():
-    readme = (HERE / "README.md").read_text()
-    figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", readme)
+    figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
     assert figures and all(0 < (HERE / figure).stat().st_size < 200_000 for figure in figures)
-    scripts = readme + (HERE / ".evidence/runs.sh").read_text()
+    scripts = README + (HERE / ".evidence/runs.sh").read_text()
     commands = re.findall(r"python (opd|diagnose)\.py((?:[^\n`]|\\\n)*)", scripts)
     known = {}
     for name, run in (("opd", "parse_args"), ("diagnose", "main")):
