@@ -2,21 +2,15 @@
 
 Expected values are brute-force loops in plain Python or numbers worked out by hand.
 """
-
 import json, math, os, random, re, signal, subprocess, sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
-import pytest
-import torch
-import transformers
+import pytest, torch, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-import diagnose
-import opd
+import diagnose, opd
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
@@ -299,11 +293,10 @@ def store(tmp_path_factory):
     return folder
 
 def flags(store, out, *more, family="qwen3"):
-    return [
-        "--student", f"{store}/{family}-student", "--teacher", f"{store}/{family}-teacher",
-        "--prompts", f"{store}/prompts.jsonl", "--steps", "3", "--batch-size", "4",
-        "--max-new-tokens", "6", "--lr", "1e-3", "--eval-prompts", "4", "--device", "cpu", "--out",
-        str(out), *map(str, more)]
+    pair = ["--student", f"{store}/{family}-student", "--teacher", f"{store}/{family}-teacher"]
+    sizes = "--steps 3 --batch-size 4 --max-new-tokens 6 --lr 1e-3 --eval-prompts 4 --device cpu"
+    return [*pair, "--prompts", f"{store}/prompts.jsonl", *sizes.split(), "--out", str(out),
+            *map(str, more)]
 
 @pytest.fixture
 def run(store, tmp_path):
@@ -351,9 +344,15 @@ def draw(pair, prompts=PROMPTS, length=6):
     torch.manual_seed(0)
     return opd.rollout(pair, prompts, length)
 
-def own_logits(model, prompt, response):
-    """Those that predict the response, through the whole model, alone and without padding."""
-    return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+def own_logits(pair, prompt, response):
+    """Those of student and teacher that predict the response: whole models, alone, no padding."""
+    ids = torch.tensor([prompt + response])
+    return [model(ids).logits[0, len(prompt) - 1:-1] for model in pair[:2]]
+
+def one_by_one(pair, prompts, batch):  # -> student's logits, teacher's, response: one at a time
+    for row, mask, prompt in zip(batch.ids, batch.mask, prompts):
+        response = row[-len(mask):][mask].tolist()
+        yield *own_logits(pair, prompt, response), response
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes_nothing(
@@ -361,16 +360,10 @@ def test_chunked_projection_gives_the_models_own_logits_and_left_padding_changes
     pair = load(store, family)
     batch = draw(pair)
     monkeypatch.setattr(opd, "CHUNK", 3 * V)  # three positions a chunk
-    p, q, y = opd.measure(pair, batch, 2, lambda p, q, y: (p, q, y))
-    at = 0
-    for b, prompt in enumerate(PROMPTS):  # one by one, without padding, through the whole model
-        response = batch.ids[b, 5:][batch.mask[b]].tolist()
-        for model, ours in ((pair.student, p), (pair.teacher, q)):
-            own = own_logits(model, prompt, response)
-            assert torch.allclose(ours[at:at + len(response)], own, atol=1e-4)
-        assert y[at:at + len(response)].tolist() == response
-        at += len(response)
-    assert at == len(y)
+    measured = opd.measure(pair, batch, 2, lambda p, q, y: (p, q, y))
+    p, q, response = zip(*one_by_one(pair, PROMPTS, batch))
+    for ours, own in zip(measured, (torch.cat(p), torch.cat(q), torch.tensor(sum(response, [])))):
+        assert torch.allclose(ours, own, atol=1e-4)
 
 def test_a_family_that_caps_its_logits_is_refused(tmp_path, capsys):
     path = put(tmp_path / "gemma", model_of("gemma2", scale=30.0, final_logit_softcapping=5.0))
@@ -397,10 +390,9 @@ def test_gradient_is_that_of_the_mean_over_kept_positions_through_the_whole_mode
     ours = gradient(pair, batch, keep, 3)
     pair.student.zero_grad()
     losses = []
-    for b, prompt in enumerate(PROMPTS):
-        p, q = (own_logits(model, prompt, batch.ids[b, 5:].tolist()).log_softmax(-1)
-                for model in (pair.student, pair.teacher))
-        losses += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(len(p)) if keep[b, t]]
+    for (p, q, response), kept in zip(one_by_one(pair, PROMPTS, batch), keep):
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        losses += [(p[t].exp() * (p[t] - q[t])).sum() for t in range(len(response)) if kept[t]]
     (sum(losses) / len(losses)).backward()
     expected = torch.cat([w.grad.flatten() for w in pair.student.parameters()])
     assert torch.allclose(ours, expected, atol=1e-5) and expected.abs().max() > 1e-3
@@ -429,7 +421,7 @@ def test_one_temperature_governs_sampling_and_scoring(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
     pair = opd.load_pair(path, path, temperature=0.25)
     batch = draw(pair, [[5]] * 4000, 1)
-    expected = torch.softmax(4 * own_logits(pair.student, [5], [0])[0], -1)
+    expected = torch.softmax(4 * next(one_by_one(pair, [[5]], batch))[0][0], -1)
     for scored in opd.measure(pair, opd.split(batch, 1)[0], 1, lambda p, q, y: (p, q)):
         assert torch.allclose(scored[0].softmax(-1), expected, atol=1e-5)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
@@ -440,10 +432,8 @@ def test_the_log_probability_of_each_draw_is_that_of_the_scored_distribution(tmp
     pair = opd.load_pair(student, put(tmp_path / "t", model_of("qwen3")), temperature=0.7)
     batch = draw(pair)
     assert batch.logp.shape == batch.mask.shape
-    for b, prompt in enumerate(PROMPTS):  # one by one, without padding
-        response = batch.ids[b, 5:][batch.mask[b]].tolist()
-        own = own_logits(pair.student, prompt, response)
-        for row, y, logp in zip(rows(own[:, :V] / 0.7), response, batch.logp[b]):
+    for (own, _, response), drawn in zip(one_by_one(pair, PROMPTS, batch), batch.logp):
+        for row, y, logp in zip(rows(own[:, :V] / 0.7), response, drawn):
             assert logp == pytest.approx(math.log(softmax(row)[y]), abs=1e-4)
 
 def test_the_log_tells_how_far_sampling_and_scoring_are_apart(run, monkeypatch):
@@ -453,7 +443,6 @@ def test_the_log_tells_how_far_sampling_and_scoring_are_apart(run, monkeypatch):
     def elsewhere(*args):  # as if every token had been drawn with a quarter nat more
         batch = real(*args)
         return batch._replace(logp=batch.logp + 0.25)
-
     monkeypatch.setattr(opd, "rollout", elsewhere)
     for line in run("b", *more):
         assert line["sampling_gap"] == pytest.approx(0.25, abs=1e-4)
@@ -490,8 +479,7 @@ def test_padding_rows_of_a_wider_model_are_cut_and_never_sampled(tmp_path):
 def test_padding_rows_beyond_the_tokenizer_may_be_sampled(run, tmp_path):
     paths = [put(tmp_path / name, model_of("qwen3", seed, vocab=2 * V, scale=0.0))
              for name, seed in (("s", 1), ("t", 2))]
-    log = run("out", "--student", paths[0], "--teacher", paths[1])
-    assert finite(log)
+    assert finite(run("out", "--student", paths[0], "--teacher", paths[1]))
 
 def test_base_student_stops_at_its_chat_teachers_eos_too(tmp_path):
     student, teacher = model_of("qwen3", scale=0.0), model_of("qwen3", seed=1)
@@ -587,10 +575,8 @@ def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
     answers = [texts[0].removesuffix(" <eos>"), None, texts[2] + "9"]  # right, not asked, wrong
     measured = opd.evaluate(pair, list(zip(prompts, answers)), args)
     values = []
-    for b, prompt in enumerate(prompts):
-        response = batch.ids[b, 3:][batch.mask[b]].tolist()
-        for x, y in zip(*(map(softmax, rows(own_logits(model, prompt, response)))
-                          for model in (pair.student, pair.teacher))):
+    for p, q, _ in one_by_one(pair, prompts, batch):
+        for x, y in zip(map(softmax, rows(p)), map(softmax, rows(q))):
             entropy = -sum(a * math.log(a) for a in x)
             values.append((kl(x, y), kl(y, x), entropy, top(x, 1) == top(y, 1)))
     means = [sum(column) / len(values) for column in zip(*values)]
@@ -647,8 +633,7 @@ def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(run, st
 @pytest.mark.parametrize(
     "more", [["--max-new-tokens", 1], ["--top-k", 500], ["--budget", "1e-9"], ["--batch-size", 1]])
 def test_degenerate_settings_run_without_nan(run, more):
-    log = run("out", *more)
-    assert finite(log)
+    assert finite(run("out", *more))
 
 def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(run, tmp_path):
     for name, ends, length in (("stops", list(range(V)), 1), ("never", None, 6)):
@@ -668,17 +653,15 @@ def recorded_rollouts(monkeypatch):
     def rollout(pair, prompts, length):
         calls.append((prompts, real(pair, prompts, length)))
         return calls[-1][1]
-
     monkeypatch.setattr(opd, "rollout", rollout)
     return calls
 
 def plain_step(student, teacher, prompts, batch, temperature, k, budget):
     """Scores by loops over the whole vocabulary, one response at a time -> what the log must say,
     and the gradient of the mean loss."""
-    found, losses, width = [], {}, batch.mask.shape[1]
-    for b, prompt in enumerate(prompts):
-        response = batch.ids[b, -width:][:int(batch.mask[b].sum())].tolist()
-        p, q = (own_logits(m, prompt, response) / temperature for m in (student, teacher))
+    found, losses = [], {}
+    for b, (p, q, response) in enumerate(one_by_one((student, teacher), prompts, batch)):
+        p, q = p / temperature, q / temperature
         for t in range(len(response)):
             x, y = softmax(p[t].tolist()), softmax(q[t].tolist())
             union = top(x, k) | top(y, k)
@@ -690,7 +673,7 @@ def plain_step(student, teacher, prompts, batch, temperature, k, budget):
             losses[b, t] = (logp.exp() * (logp - logq)).sum()
     d, c = ([z[key] for z in found] for key in ("divergence", "compatibility"))
     score = [x * y for x, y in zip(normalized(d, d), normalized(c, c))]
-    grid = [[0.0] * width for _ in prompts]
+    grid = torch.zeros(batch.mask.shape).tolist()
     for z, value in zip(found, score):
         grid[z["at"][0]][z["at"][1]] = value
     keep = brute_force_selection(grid, batch.mask.tolist(), budget)
@@ -754,7 +737,7 @@ def save(state, path):
     calls.append(path)
     if len(calls) == 2:  # in the middle of the second save
         open(path, "wb").write(b"half")
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGKILL)
     real(state, path)
 opd.torch.save = save
 opd.run(lambda: opd.main(opd.parse_args(sys.argv[1:])))
@@ -766,7 +749,7 @@ def python(code, *args, **more):
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(run, store, tmp_path):
     every = flags(store, tmp_path / "out", "--save-every", 1)
-    assert python(KILL.format(signal="SIGKILL"), *every).returncode == -signal.SIGKILL
+    assert python(KILL, *every).returncode == -signal.SIGKILL
     saves = [path.name for path in (tmp_path / "out").glob("step-*")]
     assert sorted(saves) == ["step-1", "step-2.partial"]
     rest = run("rest", "--resume", tmp_path / "out" / "step-1")
@@ -774,7 +757,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(run, store
     assert not (tmp_path / "rest" / "student" / "state.pt").exists()
 
 def test_a_full_disk_gives_one_line_and_keeps_the_earlier_save(store, tmp_path):
-    code = KILL.replace("os.kill(os.getpid(), signal.{signal})",
+    code = KILL.replace("os.kill(os.getpid(), signal.SIGKILL)",
                         "raise OSError(28, 'No space left on device')")
     result = python(code, *flags(store, tmp_path / "out", "--save-every", 1))
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -867,7 +850,6 @@ def test_a_kernel_that_rounds_differently_is_no_capped_family(store, monkeypatch
         output = real(self, *args, **more)
         output.logits = output.logits * (1 + 1e-3 * torch.randn_like(output.logits))
         return output
-
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", noisy)
     assert load(store).width == V
 
@@ -913,7 +895,6 @@ def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one
     monkeypatch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])  # two steps of training
     def interrupted(*_):
         raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -1116,9 +1097,8 @@ def test_the_gains_are_those_of_both_models_on_the_frozen_contexts(store, measur
     pair, first = load(store), [line for line in positions if line["context"] == 0]
     lines = (folder / "many.jsonl").read_text().splitlines()[-12:]
     prompt = pair.tokenizer(json.loads(lines[0])["prompt"]).input_ids
-    p, q = (map(softmax, rows(own_logits(model, prompt, [line["id"] for line in first])))
-            for model in pair[:2])
-    for line, x, y in zip(first, p, q):
+    p, q = own_logits(pair, prompt, [line["id"] for line in first])
+    for line, x, y in zip(first, map(softmax, rows(p)), map(softmax, rows(q))):
         found = [line["forward_kl"], line["reverse_kl"], line["overlap"]]
         assert found == pytest.approx([kl(y, x), kl(x, y), sum(map(min, x, y))], abs=1e-4)
         assert line["token"] == f"w{line['id']}" or line["id"] < 3
