@@ -555,11 +555,12 @@ def test_a_real_run_leaves_a_student_a_log_and_a_summary(
     out = capsys.readouterr().out
     assert re.search(r"^accuracy +0\.", out, re.M) and len(out.splitlines()) < 20
 
-def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(run, capsys):
-    log = run("out", "--steps", 21)
+@pytest.mark.parametrize("steps,apart", [(5, 1), (21, 2)])
+def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(run, capsys, steps, apart):
+    log = run("out", "--steps", steps)
     heading, *shown = re.findall(r"^ +(?:step|\d+)  .*", capsys.readouterr().out, re.M)
-    assert heading.split()[:3] == ["step", "loss", "kl_all"] and len(log) == 21
-    assert [int(line.split()[0]) for line in shown] == list(range(0, 21, 2))
+    assert heading.split()[:3] == ["step", "loss", "kl_all"] and len(log) == steps
+    assert [int(line.split()[0]) for line in shown] == list(range(0, steps, apart))
     for line in shown:
         step, *found = map(float, line.split()[:3])
         expected = [log[int(step)][key] for key in ("loss", "kl_all")]

@@ -12,7 +12,8 @@ import diagnose
 def shown(cells):  # one estimate of every diagnosis
     values = [cell["value"] for cell in cells]
     above, below = sum(cell["low"] > 0 for cell in cells), sum(cell["high"] < 0 for cell in cells)
-    return f"{np.mean(values):+.3f} ± {np.std(values, ddof=1):.3f} {above}/{below}"
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{np.mean(values):+.3f} ± {spread:.3f} {above}/{below}"
 
 def show(title, columns, rows):
     print(f"\n{title}\n{'':28}" + "".join(f"{name:>24}" for name in columns))
