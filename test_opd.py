@@ -1120,6 +1120,14 @@ def test_features_come_from_before_training_alone_and_an_unchanged_student_gains
         assert b["gain_overlap"] == pytest.approx(1 - b["overlap"], abs=1e-5)
     assert len(positions) == len(other) == len(same) and "not changed" in same_report["summary"]
 
+def test_the_evidence_tables_are_means_over_reports_and_follow_from_the_positions(measured):
+    folder, (report, *_) = measured
+    result = subprocess.run([sys.executable, ".evidence/tables.py", folder / "out", folder / "out"],
+                            cwd=HERE, capture_output=True, text=True, timeout=100)
+    gap = report["tables"][0][3]["reverse_kl, K=16"][2]["value"]
+    row, again = re.findall(r"^reverse_kl, K=16 .*|^ +[+-].*", result.stdout, re.M)[:2]
+    assert f"{gap:+.3f} ± 0.000" in row and again.split()[-4:-1] == [f"{gap:+.3f}", "±", "0.000"]
+
 def test_the_page_shows_a_hostile_token_and_does_not_run_it():
     hostile = "<script>alert('x')</script>\" onmouseover=\"alert(1)\n "
     page = diagnose.token_map([(hostile, [(hostile, 0.5, 0.2, hostile)])])
