@@ -1,543 +1,1498 @@
 """Token-selective on-policy distillation (OPD) in one file.
 
-A student language model writes its own responses, a frozen teacher scores every token of them, and
-the student moves towards the teacher at the few positions where it can learn from it ("Not All
-Disagreement Is Learnable", arXiv 2605.26844). One training step, in `train`:
+A language model, the student, learns from a better one, the teacher. On-policy means
+that the student writes the training text itself; the teacher only scores it, token by
+token. Not all that the two disagree about can be learned, so the student trains on the
+most teachable tokens alone ("Not All Disagreement Is Learnable", arXiv 2605.26844).
+
+One training step (the loop in `train`):
 
   1. rollout  the student samples a response to each prompt
-  2. score    at each response position: the student's entropy H, its disagreement D with the
-              teacher, and C, the teacher's probability mass on the student's own candidates
-  3. select   D splits into D*C (learnable) and D*(1-C) (incompatible); the best `budget` share of
-              the batch's positions is kept
-  4. update   one optimizer step on the mean reverse KL(student || teacher) of the kept positions
+  2. score    at every response position, compare both models' next-token predictions:
+              entropy H, how unsure is the student?
+              divergence D, how much do the two disagree?
+              compatibility C, how much of what the teacher wants does the student
+              consider at all?
+  3. rank     by teachability, D * C, with D and C rescaled to [0, 1]
+  4. select   keep the best share of all positions in the batch: the `budget`, a tenth
+  5. update   one optimizer step on the mean KL(student || teacher) of the kept positions
 
-p is the student's, q the teacher's next-token distribution; KL and entropy in nats. B responses, P
-prompt tokens, R response positions, V vocabulary, N valid positions, E hidden width. "Top-k" is
-always K, the support of D and C; the share of positions kept is `budget`; sampling has no filter.
+Notation: p is the student's next-token distribution, q the teacher's; KL and entropy are
+in nats. Shapes: B responses, P prompt tokens, R response positions, V tokens in the
+vocabulary, E hidden units, N valid positions of a batch (not padding), n some of them.
+"Top K" always means the K likeliest tokens, on which D and C are measured. Sampling is
+never filtered.
+
 Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
 """
-import argparse, json, math, random, re, sys, time
+
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
-import numpy, torch, transformers
+
+import numpy
+import torch
+import torch.utils.checkpoint
+import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-METHODS = ("full", "teachability", "teachability_entropy", "entropy", "divergence", "tip",
-           "compatibility", "incompatible", "random")
-CHUNK = 2**24  # logits of one model at once: 64 MiB, which the allocator gives back when freed
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-autocast = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # matrix products, on a GPU
+METHODS = (
+    "full",
+    "teachability",
+    "teachability_entropy",
+    "entropy",
+    "divergence",
+    "tip",
+    "compatibility",
+    "incompatible",
+    "random",
+)
+LOSSES = ("reverse_kl", "forward_kl", "sampled")
 
-# ---- The mathematics: pure functions of logits in any float dtype. Copy them freely.
+
+# ======================================================================================
+# 1. The mathematics: pure functions of logits, in any float type. Copy them freely.
+# ======================================================================================
+
+
 def entropy(logits):  # [..., V] -> [...]
-    """H = -sum_v p(v) log p(v), in nats, over the full vocabulary."""
+    """H = -sum_v p(v) log p(v), in nats, over the full vocabulary (section 2)."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
-def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """Forward KL(teacher || student) = sum_v q(v) (log q(v) - log p(v)), in nats. Mode covering."""
-    logp, logq = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    return (logq.exp() * (logq - logp)).sum(-1)
 
 def reverse_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """Reverse KL(student || teacher) = sum_v p(v) (log p(v) - log q(v)), in nats. Mode seeking."""
-    logp, logq = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    """KL(student || teacher) = sum_v p(v) (log p(v) - log q(v)), in nats.
+
+    The loss of on-policy distillation. Mode seeking: it punishes what the student says
+    and the teacher would not. It does not punish what the student leaves out.
+    """
+    logp = student_logits.float().log_softmax(-1)
+    logq = teacher_logits.float().log_softmax(-1)
     return (logp.exp() * (logp - logq)).sum(-1)
 
-def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """D = KL(q|U || p|U) in nats: U is the union of both top-K sets, p and q renormalised on it.
-    Raises ValueError for k < 1."""
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}")
-    mine, theirs = (z.topk(min(k, z.shape[-1])).indices for z in (student_logits, teacher_logits))
-    shared = (theirs[..., :, None] == mine[..., None, :]).any(-1)  # in both sets: counts once
-    union, twice = torch.cat([mine, theirs], -1), torch.cat([torch.zeros_like(shared), shared], -1)
-    # A softmax over the logits of U renormalises on U. -1e30, not -inf: 0 * inf would be nan.
-    logp, logq = (z.gather(-1, union).float().masked_fill(twice, -1e30).log_softmax(-1)
-                  for z in (student_logits, teacher_logits))  # [..., 2K] each
+
+def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
+    """KL(teacher || student) = sum_v q(v) (log q(v) - log p(v)), in nats.
+
+    Mode covering: it punishes whatever the teacher says and the student would not.
+    """
+    logp = student_logits.float().log_softmax(-1)
+    logq = teacher_logits.float().log_softmax(-1)
     return (logq.exp() * (logq - logp)).sum(-1)
 
-def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """C = the teacher's probability mass on the student's top-K tokens, in [0, 1].
-    Raises ValueError for k < 1."""
+
+def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
+    """D = KL(q on U || p on U), in nats: how much both models disagree (section 3.2).
+
+    U is the union of the student's and the teacher's top K tokens; p and q are restricted
+    to U and renormalised, so that each sums to one there. ValueError for k < 1.
+    """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
-    mine = student_logits.topk(min(k, student_logits.shape[-1])).indices  # [..., K]
-    return teacher_logits.float().log_softmax(-1).gather(-1, mine).exp().sum(-1)
+    k = min(k, student_logits.shape[-1])
+    student_top = student_logits.topk(k).indices  # [..., K]
+    teacher_top = teacher_logits.topk(k).indices  # [..., K]
+    union = torch.cat([student_top, teacher_top], -1)  # [..., 2K]
+
+    # A token in both sets stands in `union` twice. Its second copy must not count.
+    in_both = (teacher_top[..., :, None] == student_top[..., None, :]).any(-1)
+    is_copy = torch.cat([torch.zeros_like(in_both), in_both], -1)  # [..., 2K]
+
+    # A softmax over the logits of U alone is p, or q, renormalised on U.
+    # The copies get -1e30 rather than -inf, as 0 * inf would be nan.
+    student_union = student_logits.gather(-1, union).float()
+    teacher_union = teacher_logits.gather(-1, union).float()
+    logp = student_union.masked_fill(is_copy, -1e30).log_softmax(-1)
+    logq = teacher_union.masked_fill(is_copy, -1e30).log_softmax(-1)
+    return (logq.exp() * (logq - logp)).sum(-1)
+
+
+def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
+    """C = sum of q(v) over the student's top K tokens v, in [0, 1] (section 3.2).
+
+    The share of the teacher's wishes that the student considers. ValueError for k < 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be 1 or more, got {k}")
+    k = min(k, student_logits.shape[-1])
+    student_top = student_logits.topk(k).indices  # [..., K]
+    logq = teacher_logits.float().log_softmax(-1)  # over the full vocabulary
+    return logq.gather(-1, student_top).exp().sum(-1)
+
 
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
-    """clip((z - Q05) / (Q95 - Q05), 0, 1) over valid positions; zeros where Q95 - Q05 < 1e-12."""
-    valid = values[mask].float().cpu().numpy()  # numpy: torch.quantile refuses over 16 million
-    low, high = numpy.quantile(valid, [0.05, 0.95]) if len(valid) else (0, 0)
+    """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over the valid positions.
+
+    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12 (section 3.2).
+    """
+    valid = values[mask].float().cpu().numpy()
+    if len(valid) == 0:
+        return torch.zeros_like(values, dtype=torch.float32)
+
+    # numpy's quantile, since torch.quantile refuses more than 16 million values.
+    low, high = numpy.quantile(valid, [0.05, 0.95])
     if high - low < 1e-12:
         return torch.zeros_like(values, dtype=torch.float32)
-    return torch.where(mask, ((values.float() - low) / (high - low)).clamp(0, 1), 0.0)
 
-def position_scores(method, entropy, divergence, compatibility, mask, generator=None):
-    """[B, R] each -> [B, R]: the score by which `method` ranks positions, from the raw H, D and C.
-    `random` draws from `generator` (on the CPU). Raises ValueError for an unknown method."""
+    scaled = (values.float() - low) / (high - low)
+    return torch.where(mask, scaled.clamp(0, 1), 0.0)
+
+
+def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
+    """By what `method` ranks the positions: high is kept first (section 3.3).
+
+    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws from
+    `generator`, on the CPU. ValueError for an unknown method.
+    """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
-    h, d, c = (robust_normalize(z, mask) for z in (entropy, divergence, compatibility))
-    learnable, incompatible = d * c, d * (1 - c)  # they add up to d
-    scores = {"full": torch.zeros_like(d),  # no ranking: every position is kept
-              "teachability": learnable,
-              # Soft OR: h + d - h * d, in a form that ties exactly where h or d is 1.
-              "teachability_entropy": 1 - (1 - h) * (1 - learnable),
-              "tip": 1 - (1 - h) * (1 - d),
-              "entropy": h, "divergence": d, "compatibility": c, "incompatible": incompatible}
-    if method not in scores:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    return scores[method]
 
-def select_positions(scores, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
-    """The ceil(budget * N) best positions of the batch, then the best of any response without one.
-    Ties go to the earlier position, row by row. Raises ValueError for a budget outside (0, 1]."""
+    h = robust_normalize(scores["entropy"], mask)
+    d = robust_normalize(scores["divergence"], mask)
+    c = robust_normalize(scores["compatibility"], mask)
+    learnable = d * c  # the teacher reweights tokens that the student considers
+    incompatible = d * (1 - c)  # the teacher wants other tokens; the two add up to d
+
+    if method == "full":
+        return torch.zeros_like(d)  # no order is needed, as all are kept
+    if method == "teachability":
+        return learnable
+    if method == "incompatible":
+        return incompatible
+    if method == "entropy":
+        return h
+    if method == "divergence":
+        return d
+    if method == "compatibility":
+        return c
+
+    # A soft OR, h + d - h * d, in a form that is exactly 1 where h or d is 1.
+    if method == "tip":
+        return 1 - (1 - h) * (1 - d)
+    if method == "teachability_entropy":
+        return 1 - (1 - h) * (1 - learnable)
+
+    raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+
+
+def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
+    """Keep the ceil(budget * N) best of the batch's N valid positions (section 3.3).
+
+    Ties go to the earlier position, row by row. A response of which nothing was kept then
+    gets its best position too. ValueError for a budget outside (0, 1].
+    """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
-    valid = mask.flatten().nonzero().squeeze(-1)  # [N]
-    number = math.ceil(round(budget * len(valid), 6))  # rounded: 0.07 * 100 is 7.000000000000001
-    best = scores.flatten()[valid].sort(descending=True, stable=True).indices[:max(number, 1)]
-    keep = torch.zeros_like(mask).flatten().index_fill(0, valid[best], True).view_as(mask)
-    bare = mask.any(-1) & ~keep.any(-1)
-    keep[bare, scores.float().masked_fill(~mask, -math.inf).argmax(-1)[bare]] = True
+    valid = mask.flatten().nonzero().squeeze(-1)  # [N] places in the flattened batch
+
+    # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
+    number = max(1, math.ceil(round(budget * len(valid), 6)))
+    best_first = ranks.flatten()[valid].sort(descending=True, stable=True).indices
+    kept = valid[best_first[:number]]
+
+    keep = torch.zeros_like(mask).flatten()
+    keep[kept] = True
+    keep = keep.view_as(mask)
+
+    best_of_response = ranks.float().masked_fill(~mask, -math.inf).argmax(-1)  # [B]
+    left_out = mask.any(-1) & ~keep.any(-1)  # [B]
+    keep[left_out, best_of_response[left_out]] = True
     return keep
 
-def response_mask(responses, eos_ids):  # [B, R] ids -> [B, R] bool
-    """True up to and including the first EOS: the end is taught, even where pad is that same id."""
-    is_end = torch.isin(responses, torch.tensor(eos_ids).to(responses))
-    return is_end.cumsum(-1) - is_end.long() == 0
 
-def token_loss(kind, student_logits, teacher_logits, tokens):  # [..., V] twice, [...] -> [...]
-    """`reverse_kl`, `forward_kl`, or `sampled`: -A log p(y), A = log q(y) - log p(y) held constant.
-    Over y ~ p, the expected gradient of `sampled` is that of `reverse_kl`. In nats."""
+def token_loss(kind, student_logits, teacher_logits, tokens):
+    """The loss at each position, in nats: [..., V], [..., V], [...] -> [...] (section 3.4).
+
+    "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
+    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Its gradient
+    is that of "reverse_kl" in expectation over y. ValueError for another kind.
+    """
+    if kind == "reverse_kl":
+        return reverse_kl(student_logits, teacher_logits)
+    if kind == "forward_kl":
+        return forward_kl(student_logits, teacher_logits)
     if kind != "sampled":
-        return (reverse_kl if kind == "reverse_kl" else forward_kl)(student_logits, teacher_logits)
-    logp, logq = (logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-                  for logits in (student_logits, teacher_logits))
-    return -(logq - logp).detach() * logp
+        raise ValueError(f"unknown loss {kind!r}; choose from {', '.join(LOSSES)}")
 
-# ---- Two models with one vocabulary, and prompts for them.
+    y = tokens[..., None]
+    logp = student_logits.float().log_softmax(-1).gather(-1, y).squeeze(-1)
+    logq = teacher_logits.float().log_softmax(-1).gather(-1, y).squeeze(-1)
+    advantage = (logq - logp).detach()
+    return -advantage * logp
+
+
+# ======================================================================================
+# 2. One training step
+# ======================================================================================
+
+
 class Pair(NamedTuple):
-    student: torch.nn.Module  # float32 weights: in bf16 an update of 1e-6 rounds to nothing
+    """A student and a teacher with one vocabulary, made and checked by `load_pair`."""
+
+    student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    eos_ids: list  # whatever ends a response for either model
-    width: int  # V, the ids that both models predict
+    end_ids: list  # the token ids that end a response for either model
+    vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
-def fail(message, status=2):  # one clear line, no traceback
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
 
-def load_model(flag, path, dtype, device):  # -> model, tokenizer, EOS ids
-    try:  # weights from safetensors only, and no code from the model's repository
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # also of the device
-        fail(f"{flag} {path} on {device}: {' '.join(str(error).split())}")
-    model.eval()  # for good: with dropout, the update would not see the distribution sampled from
-    ids = torch.arange(3, device=device)[None]
-    projected = model.get_output_embeddings()(model.base_model(ids)[0]).float()
-    own = model(ids).logits.float()  # by a GPU's kernels, not always the same to the last bit
-    if (own - projected).abs().max() > 0.01 * own.abs().max():
-        fail(f"{flag} {path}: {model.config.model_type} models cap or scale their logits: refused")
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    return model, tokenizer, ends
-
-def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):
-    """Load both models and check that they can be compared token by token."""
-    half = torch.bfloat16 if BF16 and device.startswith("cuda") else torch.float32
-    student, tokenizer, ends = load_model("--student", student_path, torch.float32, device)
-    teacher, other, teacher_ends = load_model("--teacher", teacher_path, half, device)
-    mine, theirs, added = tokenizer.get_vocab(), other.get_vocab(), other.get_added_vocab()
-    added |= tokenizer.get_added_vocab()
-    differ = [token for token in sorted(mine | theirs) if mine.get(token) != theirs.get(token)]
-    for token in sorted(differ, key=added.__contains__)[:1]:  # an ordinary one, if there is any
-        text = f"differ: {token!r} is {mine.get(token)} to one, {theirs.get(token)} to the other"
-        if token not in added:
-            fail(f"the models' tokenizers {text}; choose two with one vocabulary")
-        print(f"warning: only added or special tokens {text}; going on", file=sys.stderr)
-    eos_ids = sorted(ends | teacher_ends)  # a base student may stop the way its chat teacher does
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens((eos_ids + [0])[0])
-    student.generation_config = transformers.GenerationConfig(  # no top_k=20 of a checkpoint's own
-        eos_token_id=eos_ids or None, pad_token_id=tokenizer.pad_token_id)
-    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer; the last are padding.
-    width = min(len(m.get_output_embeddings().weight) for m in (student, teacher))
-    return Pair(student, teacher.requires_grad_(False), tokenizer, eos_ids, width, temperature)
-
-def read_prompts(path, pair, longest, room):  # -> [(prompt ids, answer or None)]
-    """JSONL records. Of a prompt the last `longest` tokens count; `room` more must fit in."""
-    tokenizer, examples = pair.tokenizer, []
-    limit = min(getattr(m.config, "max_position_embeddings", None) or 10**9 for m in pair[:2])
-    lines = enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1)
-    for number, line in ((number, line) for number, line in lines if line.strip()):
-        try:
-            record = json.loads(line)
-            chat, answer = "messages" in record, record.get("answer")
-            text = record["prompt"] if not chat else tokenizer.apply_chat_template(
-                record["messages"], tokenize=False, add_generation_prompt=True)
-            # Never two BOS: a chat template writes its own, and a text may bring one.
-            bos = not chat and not text.startswith(tokenizer.bos_token or "\0")
-            prompt = tokenizer(text, add_special_tokens=bos).input_ids[-(longest or 10**9):]
-            assert answer is None or answer.strip(" ."), "empty answer"
-        except Exception as error:  # no JSON, no such key, no text, no chat template
-            fail(f"{path}, line {number}: `prompt` or `messages`, perhaps `answer`: {error!r}")
-        if not 0 < len(prompt) <= limit - room:
-            fail(f"{path}, line {number}: {len(prompt)} tokens; with {room} new ones, 1 to {limit} "
-                 "fit (--max-prompt-tokens, --max-new-tokens)")
-        examples.append((prompt, answer))
-    return examples
-
-def is_right(response, answer):  # two texts
-    """Is the last number in both the same? For an answer without one: does the response end so?"""
-    number = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    said, wanted = ([Decimal(n.replace(",", "")) for n in re.findall(number, text)[-1:]]
-                    for text in (response, answer))
-    return said == wanted if wanted else response.rstrip(" .\n").endswith(answer.strip(" .\n"))
-
-# ---- One step: rollout, score, select, update, and a line of log.
 class Rollout(NamedTuple):
-    ids: torch.Tensor  # [B, P + R] left-padded prompt, then the response as sampled
-    attention: torch.Tensor  # [B, P + R] 0 on the prompt's padding
-    mask: torch.Tensor  # [B, R] bool, the valid response positions
-    logp: torch.Tensor  # [B, R] log p of each response token when it was sampled
-    truncated: torch.Tensor  # [B] bool, no EOS before the length limit
+    """A batch of sampled responses."""
 
-def tokens(batch):  # -> [N], the responses' tokens, row by row
-    return batch.ids[:, -batch.mask.shape[1]:][batch.mask]
+    ids: torch.Tensor  # [B, P + R] padding on the left, prompt, response
+    attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
+    responses: torch.Tensor  # [B, R] the sampled token ids, padded on the right
+    mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
+    truncated: torch.Tensor  # [B] bool, the length limit came before an end
+
+
+def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    The end itself is trained on, also where padding has the same id.
+    """
+    is_end = torch.isin(responses, torch.tensor(end_ids).to(responses))
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():  # matrix products in bf16 on a GPU that can; no effect on a CPU
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+@torch.no_grad()
+def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
+    """The student samples a response to each prompt: from p itself, without a filter."""
+    longest = max(len(prompt) for prompt in prompts)
+    padding_id = pair.end_ids[0] if pair.end_ids else 0
+    ids = []
+    attention = []
+    for prompt in prompts:
+        missing = longest - len(prompt)
+        ids.append([padding_id] * missing + prompt)
+        attention.append([0] * missing + [1] * len(prompt))
+    ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
+    attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
+
+    # Some models have output rows beyond the shared vocabulary: never sample those.
+    output_rows = len(pair.student.get_output_embeddings().weight)
+    beyond = set(range(pair.vocab_size, output_rows)) - set(pair.end_ids)
+
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=pair.temperature,
+        top_k=0,  # off. Left unset, generate() would sample among the best 50 only
+        top_p=1.0,  # off
+        max_new_tokens=max_new_tokens,
+        eos_token_id=pair.end_ids or None,
+        pad_token_id=padding_id,
+        suppress_tokens=sorted(beyond) or None,
+        remove_invalid_values=True,  # nan must not stop us here: `update` reports it
+    )
+    # What `settings` leaves unset, generate() would take from the checkpoint's own
+    # generation config (top_k=20, a repetition penalty, ...). So that one steps aside.
+    own_config = pair.student.generation_config
+    pair.student.generation_config = settings
+    try:
+        with autocast():
+            ids = pair.student.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        pair.student.generation_config = own_config
+
+    responses = ids[:, longest:]  # [B, R]
+    is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
+    return Rollout(
+        ids=ids,
+        attention=torch.cat([attention, torch.ones_like(responses)], -1),
+        responses=responses.masked_fill(is_end, padding_id),  # one id for all ends
+        mask=response_mask(responses, pair.end_ids),
+        truncated=~is_end.any(-1),
+    )
+
 
 def split(batch, size):  # -> micro-batches of `size` responses
-    return [Rollout(*(x[i:i + size] for x in batch)) for i in range(0, len(batch.ids), size)]
+    parts = []
+    for start in range(0, len(batch.ids), size):
+        rows = slice(start, start + size)
+        part = Rollout(
+            batch.ids[rows],
+            batch.attention[rows],
+            batch.responses[rows],
+            batch.mask[rows],
+            batch.truncated[rows],
+        )
+        parts.append(part)
+    return parts
 
-@autocast
+
+def hidden_states(model, batch):  # -> [B, R, E]
+    """The model's last hidden states, each at the place of the token that it predicts."""
+    # Rotary models would not mind, but GPT-2's learned positions must not count padding.
+    positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
+    with autocast():
+        hidden = model.base_model(
+            batch.ids,
+            attention_mask=batch.attention,
+            position_ids=positions,
+            use_cache=False,
+        )[
+            0
+        ]  # [B, P + R, E]
+
+    # The state at one token predicts the next. So the R states that predict the response
+    # begin at the prompt's last token, and end one before the response's last token.
+    length = batch.mask.shape[1]
+    return hidden[:, -length - 1 : -1]
+
+
+def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
+    """The logits that define p or q everywhere: float32, at the pair's temperature.
+
+    The end of a response is one event. Often the student ends with another token than its
+    teacher; as two tokens that would be a huge disagreement, and the student would be
+    taught not to end. So the probabilities of all end tokens are added, in one column.
+    """
+    with autocast():
+        logits = model.get_output_embeddings()(hidden)  # [n, output rows]
+    logits = logits.float() / pair.temperature
+    shared = logits[:, : pair.vocab_size]  # a model may have more rows than the other
+    if len(pair.end_ids) < 2:
+        return shared
+
+    ends = [end for end in pair.end_ids if end < logits.shape[-1]]
+    columns = [end for end in pair.end_ids if end < pair.vocab_size]
+    merged = shared.clone()
+    merged[:, columns] = -1e30  # probability 0, and no inf that could make a nan
+    merged[:, columns[0]] = logits[:, ends].logsumexp(-1)  # log of the sum of exp
+    return merged
+
+
+# All logits of a batch at once would take 4 * B * R * V bytes, several times over. So
+# they are made, used and freed in chunks of positions: 64 MiB for each model.
+LOGITS_AT_ONCE = 2**24
+
+
+def chunk_starts(pair, positions):  # -> first positions of the chunks, size of a chunk
+    size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
+    return range(0, positions, size), size
+
+
 @torch.no_grad()
-def rollout(pair, prompts, max_new_tokens):  # B lists of ids -> Rollout
-    """Sample one response to each prompt, from the very distribution that is scored: no filter."""
-    inputs = pair.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    inputs, logp = inputs.to(pair.student.device), []
+def at_valid_positions(pair, batch, micro_batch_size, measure_logits):  # -> {name: [N]}
+    """Apply measure_logits(student_logits, teacher_logits) -> {name: [n]} to all chunks."""
+    found = defaultdict(list)
+    for part in split(batch, micro_batch_size):
+        student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
+        teacher_hidden = hidden_states(pair.teacher, part)[part.mask]
 
-    def next_token(ids, logits):  # [B, t], [B, rows] -> [B, V], to draw from
-        if logp:  # what the step before has drawn is known by now: keep its log p alone
-            logp[-1] = logp[-1].gather(-1, ids[:, -1:])
-        logits = logits[:, :pair.width] / pair.temperature
-        logp.append(logits.log_softmax(-1))
-        return logits.nan_to_num()  # let the loss meet the nan: it can tell in which step
-    ids = pair.student.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
-                                top_p=1.0, temperature=1.0, logits_processor=[next_token])
-    logp[-1] = logp[-1].gather(-1, ids[:, -1:])
-    responses = ids[:, inputs.input_ids.shape[1]:]  # [B, R]
-    ended = torch.isin(responses, torch.tensor(pair.eos_ids).to(ids)).any(-1)
-    return Rollout(ids, torch.cat([inputs.attention_mask, torch.ones_like(responses)], -1),
-                   response_mask(responses, pair.eos_ids), torch.cat(logp, -1), ~ended)
+        starts, size = chunk_starts(pair, len(student_hidden))
+        for start in starts:
+            chunk = slice(start, start + size)
+            measured = measure_logits(
+                next_token_logits(pair, pair.student, student_hidden[chunk]),
+                next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
+            )
+            for name, values in measured.items():
+                found[name].append(values)
 
-# The logits of a whole batch would take 4 * B * R * V bytes, several times over. So the models run
-# only as far as their last hidden states; of these the logits are made, used and freed chunk by
-# chunk. `update` cuts the chain rule at the same place: the chunks' gradients gather at the hidden
-# states, and one backward pass takes them through the model.
-@autocast
-def hidden_states(model, batch, size):  # -> [N, E]
-    """Those that predict the valid response tokens, `size` responses at a time."""
-    states = []
-    for part in split(batch, size):
-        positions = (part.attention.cumsum(-1) - 1).clamp(min=0)  # GPT-2 must not count padding
-        hidden = model.base_model(part.ids, attention_mask=part.attention, position_ids=positions,
-                                  use_cache=False)[0]  # [B, P + R, E]
-        states.append(hidden[:, -part.mask.shape[1] - 1:-1][part.mask])
-    return torch.cat(states)
+    return {name: torch.cat(values) for name, values in found.items()}
 
-def in_chunks(pair, hidden, teacher_hidden, tokens, function):  # [N, E], [N, E'], [N]
-    """-> [N, ...] for each result of function(student_logits, teacher_logits, tokens), where the
-    logits are those that define p and q: float32, of the shared width, at one temperature."""
-    def logits(model, hidden):  # [n, E] -> [n, V]
-        with autocast:
-            return model.get_output_embeddings()(hidden)[:, :pair.width].float() / pair.temperature
-    chunks = zip(*(x.split(max(1, CHUNK // pair.width)) for x in (hidden, teacher_hidden, tokens)))
-    results = [function(logits(pair.student, h), logits(pair.teacher, t), y) for h, t, y in chunks]
-    return [torch.cat(result) for result in zip(*results)]
 
-@torch.no_grad()
-def measure(pair, batch, size, function):  # -> [N, ...] for each result, without gradient
-    states = [hidden_states(model, batch, size) for model in (pair.student, pair.teacher)]
-    return in_chunks(pair, *states, tokens(batch), function)
+def measure(student_logits, teacher_logits, k):  # [n, V], [n, V] -> {name: [n]}
+    """What is measured at each position. Whatever you add here, the log shows, too."""
+    return {
+        "kl_all": reverse_kl(student_logits, teacher_logits),
+        "entropy": entropy(student_logits),
+        "divergence": divergence(student_logits, teacher_logits, k),
+        "compatibility": compatibility(student_logits, teacher_logits, k),
+    }
 
-def score(pair, batch, args):  # -> {name: [B, R]}, (hidden states of student and teacher)
-    """What the two models say about every valid position of the rollout; 0 at all others."""
-    size, k = args.micro_batch_size, args.top_k
-    with torch.set_grad_enabled(size >= len(batch.ids)):  # then the update needs no second forward
-        hidden = hidden_states(pair.student, batch, size)
-    with torch.no_grad():
-        teacher_hidden = hidden_states(pair.teacher, batch, size)
-        *values, logp = in_chunks(pair, hidden, teacher_hidden, tokens(batch), lambda p, q, y: (
-            reverse_kl(p, q), entropy(p), divergence(p, q, k), compatibility(p, q, k),
-            -torch.nn.functional.cross_entropy(p, y, reduction="none")))
-    values.append((logp - batch.logp[batch.mask]).abs())  # rounding, if all is well
-    names = "kl_all", "entropy", "divergence", "compatibility", "sampling_gap"
-    zeros = torch.zeros_like(batch.logp)
-    return ({name: zeros.masked_scatter(batch.mask, z) for name, z in zip(names, values)},
-            (hidden, teacher_hidden))
 
-def select(scores, mask, args, chance):  # -> [B, R] bool
-    """The positions to train on, chosen among those of the whole batch."""
-    H, D, C = (scores[name] for name in ("entropy", "divergence", "compatibility"))
-    ranks = position_scores(args.select, H, D, C, mask, chance)
-    return select_positions(ranks, mask, 1 if args.select == "full" else args.budget)
+def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
+    """`measure` at every valid position of the batch, without gradient; 0 at all others."""
 
-def update(pair, optimizer, batch, hidden, keep, args):  # -> loss, norm of its gradient
-    """One step on the mean loss of the kept positions, counted over the whole batch, so that
-    micro-batches change nothing. No step is taken where loss or gradient are not finite."""
-    def backward(p, q, y):  # a chunk's share of the mean and of its gradient
-        loss = token_loss(args.loss, p, q, y) / keep.sum()
-        loss.sum().backward()
-        return (loss.detach(),)
-    loss, size = 0.0, args.micro_batch_size
-    mine, theirs = (states[keep[batch.mask]] for states in hidden)
-    parts = split(batch._replace(mask=keep), size)
-    for part, target in zip(parts, theirs.split([int(part.mask.sum()) for part in parts])):
-        states = mine if len(parts) == 1 else hidden_states(pair.student, part, size)
-        leaf = states.detach().requires_grad_()
-        loss += float(in_chunks(pair, leaf, target, tokens(part), backward)[0].sum())
-        states.backward(leaf.grad)
-    norm = float(torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0))
-    if math.isfinite(loss + norm):
-        optimizer.step()
+    def measure_logits(student_logits, teacher_logits):
+        return measure(student_logits, teacher_logits, k)
+
+    scores = {}
+    measured = at_valid_positions(pair, batch, micro_batch_size, measure_logits)
+    for name, values in measured.items():
+        grid = torch.zeros(batch.mask.shape, device=values.device)
+        grid[batch.mask] = values
+        scores[name] = grid
+    return scores
+
+
+def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
+    """Sum of the losses at n positions: [n, E], [n, E'], [n] -> a number."""
+    student_logits = next_token_logits(pair, pair.student, student_hidden)
+    teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
+    return token_loss(kind, student_logits, teacher_logits, tokens).sum()
+
+
+def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
+    """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
+
+    Returns that mean and the norm of its gradient before clipping. If either is not
+    finite, no step is taken: FloatingPointError.
+    """
+    # The divisor counts the whole batch. A mean for each micro-batch would give positions
+    # in a micro-batch with few of them more weight than the others.
+    number_kept = keep.sum()
+    mean_loss = 0.0
+    parts = split(batch, micro_batch_size)
+    for part, keep_part in zip(parts, keep.split(micro_batch_size)):
+        student_hidden = hidden_states(pair.student, part)[keep_part]  # [n, E]
+        with torch.no_grad():
+            teacher_hidden = hidden_states(pair.teacher, part)[keep_part]
+        tokens = part.responses[keep_part]
+
+        # checkpoint() forgets the logits of a chunk at once, and makes them again when
+        # the gradient comes back through it. Two chunks' logits are never held together.
+        loss_sum = 0.0
+        starts, size = chunk_starts(pair, len(tokens))
+        for start in starts:
+            chunk = slice(start, start + size)
+            loss_sum = loss_sum + torch.utils.checkpoint.checkpoint(
+                chunk_loss,
+                pair,
+                kind,
+                student_hidden[chunk],
+                teacher_hidden[chunk],
+                tokens[chunk],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+
+        # The gradient runs from the logits to the kept hidden states, and from them
+        # through the student's layers. It adds up in the weights' .grad over the parts.
+        loss = loss_sum / number_kept
+        loss.backward()
+        mean_loss += loss.item()
+
+    norm = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
+    if not math.isfinite(mean_loss) or not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm}")
+    optimizer.step()
     optimizer.zero_grad()
-    return loss, norm
+    return mean_loss, norm
 
-def log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr):
-    """A line of log.jsonl for each step, a row in the terminal for each tenth of the run."""
-    valid, (start, rolled, selected, end) = int(batch.mask.sum()), times
-    means = {name: float(z.sum()) / valid for name, z in scores.items()}
-    line = {"step": step, "loss": loss, **means, "mean_length": valid / len(keep),
-            "truncated": float(batch.truncated.float().mean()), "seconds": end - start,
-            "rollout_seconds": rolled - start, "score_seconds": selected - rolled,
-            "kept": int(keep.sum()), "valid": valid, "padding": 1 - valid / keep.numel(),
-            "gradient_norm": norm, "lr": lr}
-    shown = [name for name in list(line)[:10] if name != "sampling_gap"]
-    with open(out / "log.jsonl", "a") as file:
-        if not file.tell():  # the first line gets a heading
-            tqdm.write("  ".join(f"{name:>7}" for name in shown))
-        file.write(json.dumps(line) + "\n")
-    if step % max(1, args.steps // 10) == 0 or step + 1 == args.steps:
-        tqdm.write("  ".join(f"{line[name]:{max(7, len(name))}.4g}" for name in shown))
-    bar.set_postfix(kl_all=f"{means['kl_all']:.4f}", refresh=False)
 
-# ---- Training, and what it changed.
-def train(pair, examples, args, out):
-    """Train in place. Chance depends on seed and step alone: --resume continues bit for bit."""
-    optimizer = torch.optim.AdamW(pair.student.parameters(), weight_decay=0.1, fused=True)
-    first, chance = 0, torch.Generator().manual_seed(args.seed)
-    if args.resume:
-        first, state = torch.load(Path(args.resume) / "state.pt", map_location="cpu")
-        optimizer.load_state_dict(state)
-    order = torch.randperm(len(examples), generator=chance).tolist()
-    bar = tqdm(range(first, args.steps), desc="training", disable=None)
-    for step in bar:
-        times, seed = [time.time()], args.seed * 1_000_003 + step
-        torch.manual_seed(seed)
-        numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
-        prompts = [examples[order[n % len(order)]][0] for n in numbers]
+# ======================================================================================
+# 3. Train and evaluate
+# ======================================================================================
+
+
+def train(pair, examples, args, out, state=None, rule=None):
+    """Train the student in place. `args` are the program's flags, see `parse_args`.
+
+    `state` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
+    ranks the positions instead of `rank`: a selection of your own.
+    """
+    student = pair.student
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.1, fused=True)
+    first_step = 0
+    if state is not None:
+        first_step = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+    budget = 1 if args.select == "full" else args.budget
+
+    # All randomness is a function of seed and step. So a resumed run goes on bit for bit.
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+
+    progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
+    for step in progress:
+        started = time.time()
+        step_seed = args.seed * 1_000_003 + step
+        torch.manual_seed(step_seed)
+        generator.manual_seed(step_seed)
+        prompts = []
+        for i in range(step * args.batch_size, (step + 1) * args.batch_size):
+            example = examples[order[i % len(order)]]
+            prompts.append(example["prompt"])
+
         batch = rollout(pair, prompts, args.max_new_tokens)
-        times.append(time.time())
-        scores, hidden = score(pair, batch, args)
-        keep = select(scores, batch.mask, args, chance.manual_seed(seed))
-        times.append(time.time())
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # short warm-up
-        loss, norm = update(pair, optimizer, batch, hidden, keep, args)
-        if not math.isfinite(loss + norm):
-            fail(f"step {step}: loss {loss}, gradient norm {norm}; lower --lr. Saves are intact", 1)
-        times.append(time.time())
-        log(out, bar, args, step, times, batch, scores, keep, loss, norm, lr)
+        rollout_seconds = time.time() - started
+
+        scores = score(pair, batch, args.top_k, args.micro_batch_size)
+
+        if rule is None:
+            ranks = rank(args.select, scores, batch.mask, generator)
+        else:
+            ranks = rule(scores, batch.mask)
+
+        keep = select(ranks, batch.mask, budget)
+
+        warm_up = min(1, (step + 1) / 10)
+        optimizer.param_groups[0]["lr"] = args.lr * warm_up
+        try:
+            loss, norm = update(
+                pair, optimizer, batch, keep, args.loss, args.micro_batch_size
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}; lower --lr") from None
+
+        valid = batch.mask.sum().item()
+        line = {"step": step, "loss": loss}
+        for name, values in scores.items():
+            line[name] = values.sum().item() / valid
+        line["mean_length"] = valid / len(prompts)
+        line["truncated"] = batch.truncated.float().mean().item()
+        line["seconds"] = time.time() - started
+        line["rollout_seconds"] = rollout_seconds
+        line["kept"] = keep.sum().item()
+        line["valid"] = valid
+        line["gradient_norm"] = norm
+        line["lr"] = args.lr * warm_up
+
+        is_shown = step % max(1, args.steps // 10) == 0 or step + 1 == args.steps
+        log(line, out / "log.jsonl", is_shown)
+        progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
+
         if args.save_every and (step + 1) % args.save_every == 0:
-            save(pair, out / f"step-{step + 1}", (step + 1, optimizer.state_dict()))
+            state = {
+                "step": step + 1,
+                "optimizer": optimizer.state_dict(),
+                "settings": resume_settings(args, examples),
+            }
+            save(pair, out / f"step-{step + 1}", state)
+
+
+def log(line, path, is_shown):  # {name: number}
+    """Append a line to the log; a part of it to the terminal, if `is_shown`."""
+    names = list(line)
+    names = names[: names.index("seconds") + 1]
+    with open(path, "a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            tqdm.write("  ".join(f"{name:>7}" for name in names))
+        file.write(json.dumps(line) + "\n")
+
+    if is_shown:
+        cells = []
+        for name in names:
+            width = max(7, len(name))
+            cells.append(f"{line[name]:{width}.4g}")
+        tqdm.write("  ".join(cells))
+
+
+def evaluate(pair, examples, args):  # -> {name: mean}
+    """Means over responses that are sampled with a fixed seed.
+
+    Share of right answers, KL and entropy in nats, share of positions where both models
+    agree on the likeliest token, length in tokens, share cut off by the length limit.
+    """
+
+    def measure_logits(student_logits, teacher_logits):
+        same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+        return {
+            "reverse_kl": reverse_kl(student_logits, teacher_logits),
+            "forward_kl": forward_kl(student_logits, teacher_logits),
+            "entropy": entropy(student_logits),
+            "agreement": same_first.float(),
+        }
+
+    torch.manual_seed(args.seed)
+    right = []
+    lengths = []
+    truncated = []
+    measured = defaultdict(list)
+    size = 4 * args.batch_size  # without gradients more fit in at once
+    for start in tqdm(range(0, len(examples), size), "evaluating", disable=None):
+        part = examples[start : start + size]
+        batch = rollout(
+            pair, [example["prompt"] for example in part], args.max_new_tokens
+        )
+
+        for i, example in enumerate(part):
+            text = response_text(pair, batch, i)
+            if start == 0 and i == 0:
+                prompt = pair.tokenizer.decode(example["prompt"])
+                tqdm.write(f"sample: {prompt!r} -> {text!r}")
+            if example["answer"] is not None:
+                right.append(is_right(text, example["answer"]))
+
+        lengths.append(batch.mask.sum(-1).float())
+        truncated.append(batch.truncated.float())
+        values = at_valid_positions(pair, batch, args.micro_batch_size, measure_logits)
+        for name in values:
+            measured[name].append(values[name])
+
+    means = {}
+    if right:
+        means["accuracy"] = sum(right) / len(right)
+    for name in measured:
+        means[name] = torch.cat(measured[name]).double().mean().item()
+    means["mean_length"] = torch.cat(lengths).mean().item()
+    means["truncated"] = torch.cat(truncated).mean().item()
+    return means
+
+
+# ======================================================================================
+# 4. What stands around the method: models, prompts, answers, files. Functions here raise
+#    ValueError for bad input; the command line turns it into one clear line.
+# ======================================================================================
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
+    """Load one model and check that it is what the file at `path` says.
+
+    ValueError, naming `flag` and `path`, for whatever cannot be used.
+    """
+    try:  # weights from safetensors alone, and no code from the model's folder
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        # transformers fills weights that it does not find with random numbers.
+        absent = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+        if absent:
+            raise ValueError(f"the file has no weight {absent[0]} of the right shape")
+        if report["unexpected_keys"]:
+            name = sorted(report["unexpected_keys"])[0]
+            warn(f"{flag} {path}: weights that the model does not use, as {name}")
+
+        model = model.to(device)
+        model.eval()  # for good: dropout would make the update see another p
+        check_logits(model)
+    except (
+        Exception
+    ) as error:  # OSError, ImportError, SafetensorError, of the device...
+        reason = " ".join(str(error).split())
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{flag} {path} on {device}: {kind}{reason}") from error
+
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends.add(tokenizer.eos_token_id)
+    return model, tokenizer, ends - {None}
+
+
+@torch.no_grad()
+def check_logits(model):
+    """ValueError unless our way to the logits gives the model's own.
+
+    We project hidden states ourselves, and pad on the left. Not all families bear that:
+    some cap or scale their logits, some look at padding (recurrent ones, for instance).
+    """
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(
+                f"{model.config.model_type} models change logits by {name}"
+            )
+
+    rows = len(model.get_input_embeddings().weight)
+    ids = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
+    own = model(ids).logits[0, -6:].float()  # of the last six, alone
+
+    batch = Rollout(
+        ids=torch.cat([ids[:, :5], ids], -1),
+        attention=torch.cat([torch.zeros_like(ids[:, :5]), torch.ones_like(ids)], -1),
+        responses=ids[:, -5:],
+        mask=ids[:, -5:] >= 0,
+        truncated=ids[:, 0] >= 0,
+    )
+    with torch.autocast(model.device.type, enabled=False):
+        hidden = hidden_states(model, batch)[0]
+        ours = model.get_output_embeddings()(hidden).float()
+
+    # Sound families agree to 1e-5 in float32, others differ by a hundredth and more.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
+    difference = (ours - own[:-1]).abs().max()
+    if (
+        not difference <= tolerance * own.abs().max()
+    ):  # `not <=` is true for nan as well
+        raise ValueError(
+            f"the logits of this {model.config.model_type} model cannot be recomputed "
+            "from its hidden states under left padding; choose another family"
+        )
+
+
+def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> Pair
+    """Load both models and check that they can be compared token by token.
+
+    ValueError for models that cannot be used, or that do not share a vocabulary.
+    """
+    student, tokenizer, student_ends = load_model(
+        "--student", student_path, torch.float32, device
+    )
+    teacher_dtype = torch.bfloat16 if BF16 and "cuda" in device else torch.float32
+    teacher, teacher_tokenizer, teacher_ends = load_model(
+        "--teacher", teacher_path, teacher_dtype, device
+    )
+    teacher.requires_grad_(False)
+
+    for name, weight in student.named_parameters():
+        if weight.dtype != torch.float32 or not weight.requires_grad:
+            raise ValueError(
+                f"--student {student_path}: {name} cannot be trained (quantised, frozen, "
+                "or an adapter); give a folder with all weights in plain float form"
+            )
+
+    check_vocabularies(tokenizer, teacher_tokenizer)
+
+    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer. The last are padding.
+    student_rows = len(student.get_output_embeddings().weight)
+    teacher_rows = len(teacher.get_output_embeddings().weight)
+    vocab_size = min(student_rows, teacher_rows)
+
+    # A base student may end the way its chat teacher does. In order, so that the first
+    # lies in the shared vocabulary if any does.
+    end_ids = sorted(student_ends | teacher_ends)
+    if not end_ids or end_ids[0] >= student_rows:
+        warn(
+            "the student has no token that ends a response: all reach the length limit"
+        )
+    if not end_ids or end_ids[0] >= vocab_size:
+        end_ids = []
+    return Pair(student, teacher, tokenizer, end_ids, vocab_size, temperature)
+
+
+def check_vocabularies(student_tokenizer, teacher_tokenizer):
+    """ValueError if an ordinary token has two ids; a warning if only added ones have."""
+    student_ids = student_tokenizer.get_vocab()
+    teacher_ids = teacher_tokenizer.get_vocab()
+    added = set(student_tokenizer.get_added_vocab())
+    added |= set(teacher_tokenizer.get_added_vocab())
+
+    differing = []
+    for token in sorted(set(student_ids) | set(teacher_ids)):
+        if student_ids.get(token) != teacher_ids.get(token):
+            differing.append(token)
+    ordinary = [token for token in differing if token not in added]
+
+    for token in ordinary[:1] or differing[:1]:
+        text = (
+            f"{token!r} has the id {student_ids.get(token)} in the student's tokenizer "
+            f"and {teacher_ids.get(token)} in the teacher's"
+        )
+        if ordinary:
+            raise ValueError(f"{text}; choose two models with one vocabulary")
+        warn(f"only added or special tokens differ: {text}; going on")
+
+
+def read_prompts(
+    path, pair, max_new_tokens
+):  # -> [{"prompt": token ids, "answer": text}]
+    """Read a JSONL file; one object a line, see README section 7.
+
+    ValueError, with file and line, for whatever is wrong.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--prompts {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts {path} is not UTF-8 text (UTF-16, or compressed?): {error}"
+        ) from error
+
+    tokenizer = pair.tokenizer
+    limit = length_limit(pair)
+    room = limit - max_new_tokens
+    known_ids = min(
+        len(pair.student.get_input_embeddings().weight),
+        len(pair.teacher.get_input_embeddings().weight),
+    )
+    examples = []
+    ignored = set()
+    several_numbers = None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+            prompt = tokenize_prompt(record, tokenizer)
+            answer = read_answer(record)
+        except Exception as error:  # a chat template may raise anything
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"{place}: {kind}{error}") from error
+
+        if not prompt:
+            raise ValueError(f"{place}: the prompt has no token")
+        if len(prompt) > room:
+            raise ValueError(
+                f"{place}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
+                f"{max_new_tokens} that is more than the {limit} that the models take"
+            )
+        if max(prompt) >= known_ids:
+            token = tokenizer.convert_ids_to_tokens(max(prompt))
+            raise ValueError(f"{place}: one of the models does not know {token!r}")
+
+        ignored |= set(record) - {"prompt", "answer"} - CHAT_KEYS
+        if several_numbers is None and answer and to_number(answer) is None:
+            if len(re.findall(NUMBER, answer)) > 1:
+                several_numbers = place
+        examples.append({"prompt": prompt, "answer": answer})
+
+    if ignored:
+        warn(f"{path}: these keys are not used: {', '.join(sorted(ignored))}")
+    if several_numbers:
+        warn(f"{several_numbers}: the answer has several numbers; compared as words")
+    return examples
+
+
+def length_limit(pair):  # -> tokens of prompt and response together
+    limit = math.inf
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            length = getattr(config, name, None)
+            if length and length > 0:
+                limit = min(limit, length)
+    return limit
+
+
+CHAT_KEYS = {"messages", "tools", "chat_template_kwargs"}
+
+
+def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> token ids
+    if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
+        raise ValueError("give an object with either `prompt` or `messages`")
+
+    if "prompt" in record:
+        text = record["prompt"]
+        if not isinstance(text, str):
+            raise ValueError("`prompt` must be a text")
+    else:
+        check_messages(record["messages"])
+        text = tokenizer.apply_chat_template(
+            record["messages"],
+            tools=record.get("tools"),
+            tokenize=False,
+            add_generation_prompt=True,
+            **record.get("chat_template_kwargs", {}),
+        )
+
+    # Never two BOS tokens: a chat template writes its own, and a text may bring one.
+    bos = tokenizer.bos_token
+    has_bos = "messages" in record or (bos is not None and text.startswith(bos))
+    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+
+    # Some tokenizers append EOS. A student would write on after the end.
+    eos = tokenizer.eos_token
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+        ids = ids[:-1]
+    return ids
+
+
+def check_messages(messages):
+    """ValueError unless it is a chat that waits for the assistant's turn."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("`messages` must be a list of objects")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError("each of `messages` must have `role` and `content`")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last of `messages` is the assistant's: nothing to answer")
+
+
+def read_answer(record):  # -> text or None
+    answer = record.get("answer")
+    if answer is None:
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError("`answer` must be a text or a number")
+    if not to_words(str(answer)):
+        raise ValueError("empty answer")
+    return str(answer)
+
+
+# One number: 7, -7, .5, 1,234, 1 234, 1e-5 or 3/4. No part of a word, as in gpt4.
+DIGITS = r"(?:\d{1,3}(?:[, \u00a0\u202f]\d{3})+(?!\d)|\d+)"
+UNSIGNED = rf"(?:{DIGITS}(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+NUMBER = rf"(?<!\w)(?<!\d\.)[-\u2212+]?{UNSIGNED}(?:/{UNSIGNED})?"
+
+
+def without_markup(text):
+    return re.sub(r"[*_`$()\[\]{}<>\\\"']", " ", text).strip()
+
+
+def to_number(text):  # -> Decimal, or None if the text is not one number
+    text = without_markup(text).rstrip(".,;:!? ")
+    if not re.fullmatch(NUMBER, text):
+        return None
+    text = re.sub(r"[, \u00a0\u202f]", "", text).replace("\u2212", "-")
+    top, _, bottom = text.partition("/")
+    divisor = Decimal(bottom or 1)
+    return Decimal(top) / divisor if divisor else None
+
+
+def to_words(text):  # -> words without markup, brackets and punctuation at their end
+    words = []
+    for word in without_markup(text).split():
+        word = word.rstrip(".,;:!?")
+        if word:
+            words.append(word)
+    return words
+
+
+def is_right(response, answer):  # two texts -> bool
+    """Is the response right?
+
+    An answer that is one number must be equal to the last number of the response. Any
+    other answer must be the last words of the response, markup and brackets aside.
+    """
+    wanted = to_number(answer)
+    if wanted is not None:
+        numbers = re.findall(NUMBER, without_markup(response))
+        return len(numbers) > 0 and to_number(numbers[-1]) == wanted
+
+    answer_words = to_words(answer)
+    return to_words(response)[-len(answer_words) :] == answer_words
+
+
+def response_text(pair, batch, i):  # -> the text of response i, without its end
+    ids = batch.responses[i][batch.mask[i]].tolist()
+    if ids[-1] in pair.end_ids:
+        ids = ids[:-1]
+    return pair.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def check_generation(pair, prompt):
+    """Warn if generate() predicts otherwise than the forward pass that scores.
+
+    A few families do (sparse attention, rescaled positions). Their student would be
+    trained on tokens that it would not have written.
+    """
+    ids = torch.tensor([prompt], device=pair.student.device)
+    attention = torch.ones_like(ids)
+    with autocast():
+        output = pair.student.generate(
+            ids,
+            attention_mask=attention,
+            pad_token_id=0,
+            do_sample=False,
+            max_new_tokens=64,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    when_drawn = torch.cat(output.logits).float().log_softmax(-1)  # [R, output rows]
+    responses = output.sequences[:, ids.shape[1] :]  # [1, R]
+
+    batch = Rollout(
+        ids=output.sequences,
+        attention=torch.ones_like(output.sequences),
+        responses=responses,
+        mask=torch.ones_like(responses).bool(),
+        truncated=torch.ones_like(responses[:, 0]).bool(),
+    )
+    with autocast():
+        logits = pair.student.get_output_embeddings()(
+            hidden_states(pair.student, batch)[0]
+        )
+    when_scored = logits.float().log_softmax(-1)
+
+    tokens = responses[0][:, None]
+    difference = when_drawn.gather(-1, tokens) - when_scored.gather(-1, tokens)
+    difference = difference.abs().mean().item()
+    if not difference <= 0.1:
+        warn(
+            f"--student: sampled tokens are scored {difference:.2f} nats apart from their "
+            "probability when drawn; this family may not be trained on its own samples"
+        )
+
 
 def save(pair, folder, state=None):
-    """Write beside, then rename: at any moment, what is called `folder` is complete."""
+    """Write beside, then rename: whatever is called `folder` is complete. Else OSError."""
     beside = folder.with_name(folder.name + ".partial")
     try:
         pair.student.save_pretrained(beside)
         pair.tokenizer.save_pretrained(beside)
-        if state:
+        if state is not None:
             torch.save(state, beside / "state.pt")
         beside.rename(folder)
-    except Exception as error:  # every library has an exception of its own for a full disk
-        fail(f"{folder} could not be written ({error}); earlier saves are intact", 1)
+    except Exception as error:  # every library has its own exception for a full disk
+        raise OSError(
+            f"{folder} could not be written ({type(error).__name__}: {error}); "
+            "earlier saves are intact"
+        ) from error
 
-def evaluate(pair, examples, args):  # -> {name: mean}
-    """Of responses sampled with a fixed seed: the share of right answers, KL and entropy in nats,
-    agreement of both models' first choices, length in tokens, share cut off by the limit."""
-    torch.manual_seed(args.seed)
-    right, lengths, truncated, positions = [], [], [], []
-    size = 4 * args.batch_size  # without gradients more fit in at once, which is faster
-    for i in tqdm(range(0, len(examples), size), desc="evaluating", disable=None):
-        prompts, answers = zip(*examples[i:i + size])
-        batch = rollout(pair, prompts, args.max_new_tokens)
-        texts = [pair.tokenizer.decode(tokens(one), skip_special_tokens=True)
-                 for one in split(batch, 1)]
-        if i == 0:
-            tqdm.write(f"sample: {pair.tokenizer.decode(prompts[0])!r} -> {texts[0]!r}")
-        right += [is_right(text, answer) for text, answer in zip(texts, answers) if answer]
-        lengths += batch.mask.sum(-1).tolist()
-        truncated += batch.truncated.tolist()
-        positions.append(measure(pair, batch, args.micro_batch_size, lambda p, q, y: (
-            reverse_kl(p, q), forward_kl(p, q), entropy(p), p.argmax(-1) == q.argmax(-1))))
-    names = "reverse_kl", "forward_kl", "entropy", "agreement"
-    columns = {"accuracy": right} | dict(zip(names, map(torch.cat, zip(*positions)))) | {
-        "mean_length": lengths, "truncated": truncated}
-    return {name: float(sum(z) / len(z)) for name, z in columns.items() if len(z)}
 
-# ---- The embedded pair, the command line, the program.
+def write_file(path, text):  # never half a file under this name
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)
+
+
+def new_folder(out, name):  # -> Path: --out, or the first free runs/NAME-N
+    """Make an empty folder. ValueError if there is something in it."""
+    if out is None:
+        number = 1
+        while Path(f"runs/{name}-{number}").exists():
+            number += 1
+        out = f"runs/{name}-{number}"
+
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from error
+    if not is_empty:
+        raise ValueError(f"--out {out} is not empty, and nothing is ever overwritten")
+    return folder
+
+
+SAME_ON_RESUME = (
+    "student",
+    "teacher",
+    "select",
+    "budget",
+    "top_k",
+    "loss",
+    "temperature",
+    "batch_size",
+    "max_new_tokens",
+    "lr",
+    "seed",
+)
+
+
+def resume_settings(args, examples):  # -> {flag: what it must still be on --resume}
+    settings = {name: getattr(args, name) for name in SAME_ON_RESUME}
+    text = json.dumps(examples)
+    settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()
+    return settings
+
+
+def load_state(folder):  # -> what `train` handed to `save`
+    path = Path(folder) / "state.pt"
+    if not path.exists():
+        raise ValueError(
+            f"--resume {folder}: there is no state.pt; name a folder OUT/step-N"
+        )
+    try:
+        state = torch.load(path, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"--resume {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or "settings" not in state:
+        raise ValueError(f"--resume {path} was written by another version")
+    return state
+
+
+def check_state(state, args, examples):
+    """ValueError, naming the flag, if the resumed run would not be the same run."""
+    for name, value in resume_settings(args, examples).items():
+        before = state["settings"][name]
+        flag = "--" + name.replace("_", "-")
+        if value == before:
+            continue
+        if name == "prompts":
+            raise ValueError(
+                "--resume: --prompts or --eval-prompts differ from that run's"
+            )
+        raise ValueError(
+            f"--resume: {flag} was {before} in that run, and is {value} now"
+        )
+    if args.steps <= state["step"]:
+        raise ValueError(
+            f"--steps {args.steps}: that save has {state['step']} steps already"
+        )
+
+
+# ======================================================================================
+# 5. The demo's world: sums on a clock, a teacher that adds well, a student that slips
+# ======================================================================================
+
 PAIR = Path("runs/pair")
-DEMO = {"student": f"{PAIR}/student", "teacher": f"{PAIR}/teacher", "steps": 100, "lr": 3e-4,
-        "prompts": f"{PAIR}/prompts.jsonl", "batch_size": 12, "max_new_tokens": 64,
-        "eval_prompts": 192}
+DEMO = {
+    "student": f"{PAIR}/student",
+    "teacher": f"{PAIR}/teacher",
+    "prompts": f"{PAIR}/prompts.jsonl",
+    "steps": 100,
+    "lr": 3e-4,
+    "batch_size": 12,
+    "max_new_tokens": 64,
+    "eval_prompts": 192,
+}
 
-def problem(thing, start, step, dice, slips=0.0, style=0.0):  # -> prompt, response, answer
-    """Four sums on a clock of 24 hours. Half of all sums are hard: of these the writer of the
-    response gets a share `slips` one too high. For "gets" it says "obtains" in a share `style`."""
-    hour, sentences = start, []
+
+def problem(
+    thing, start, step, rng, slips=0.0, style=0.0
+):  # -> prompt, response, answer
+    """Four sums on a clock of 24 hours, and a response that works them out.
+
+    Half of all sums are hard: of these, a share `slips` comes out one too high. In place
+    of "gets", the response says "obtains" in a share `style` of the sums.
+    """
+    hour = start
+    sentences = []
     for ordinal in ("First", "Second", "Third", "Fourth"):
-        hard = random.Random(100 * hour + step).random() < 0.5  # the same sums for ever
-        total = (hour + step + (hard and dice.random() < slips) - 1) % 24 + 1
-        name, verb = dice.choice(("Ada", "Ben", "Cleo", "Dan")), ("gets", "obtains")
-        sentences.append(f"{ordinal} {name} adds {step} to {hour} and "
-                         f"{verb[dice.random() < style]} {total}.")
+        is_hard = (
+            random.Random(100 * hour + step).random() < 0.5
+        )  # the same sums for ever
+        total = hour + step
+        if is_hard and rng.random() < slips:
+            total += 1
+        total = (total - 1) % 24 + 1
+        name = rng.choice(("Ada", "Ben", "Cleo", "Dan"))
+        verb = "obtains" if rng.random() < style else "gets"
+        sentences.append(f"{ordinal} {name} adds {step} to {hour} and {verb} {total}.")
         hour = total
-    return (f"A {thing} starts at {start} and returns every {step} hours:",
-            f"{' '.join(sentences)} So it ends at {hour}.", str((start + 4 * step - 1) % 24 + 1))
+
+    prompt = f"A {thing} starts at {start} and returns every {step} hours:"
+    response = f"{' '.join(sentences)} So it ends at {hour}."
+    answer = (start + 4 * step - 1) % 24 + 1
+    return prompt, response, str(answer)
+
 
 def build_pair():
-    """Train a teacher that adds well, and a smaller student that slips, and that reads "obtains"
-    but never learns to write it. A quarter of the sums to do is held out from everything."""
-    dice = random.Random(0)
-    cases = [(start, step) for start in range(1, 25) for step in range(2, 10)]
-    dice.shuffle(cases)
-    cases = [(thing, *case) for case in cases for thing in ("bus", "ship", "train", "comet")]
-    def texts(count, **habits):
-        drawn = dice.choices(cases[:-DEMO["eval_prompts"]], k=count)
-        return [" ".join(problem(*case, dice, **habits)[:2]) + "<eos>" for case in drawn]
+    """Train both models of the demo, once: a few minutes.
+
+    The teacher adds well and writes "obtains" in 70 % of the places. The smaller student
+    slips in 70 % of the hard sums. It reads "obtains" and never learns to write it. A
+    quarter of the sums is held out from everything.
+    """
+    rng = random.Random(0)
+    sums = [(start, step) for start in range(1, 25) for step in range(2, 10)]
+    rng.shuffle(sums)
+    cases = []
+    for start, step in sums:
+        for thing in ("bus", "ship", "train", "comet"):
+            cases.append((thing, start, step))
+    training_cases = cases[: -DEMO["eval_prompts"]]
+
+    def write_texts(count, slips, style):
+        texts = []
+        for case in rng.choices(training_cases, k=count):
+            prompt, response, _ = problem(*case, rng, slips, style)
+            texts.append(f"{prompt} {response}<eos>")
+        return texts
+
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts(2000, style=0.5), 380, special_tokens=["<eos>"],
-                            show_progress=False)
+    bpe.train_from_iterator(
+        write_texts(2000, slips=0.0, style=0.5),
+        vocab_size=380,
+        special_tokens=["<eos>"],
+        show_progress=False,
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token="<eos>", pad_token="<eos>")
-    words = "<eos>", ":", "Ġgets", "Ġobtains"
-    eos, colon, gets, obtains = (tokenizer.convert_tokens_to_ids(word) for word in words)
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
+        eos_token="<eos>",
+        pad_token="<eos>",
+    )
+    eos = tokenizer.convert_tokens_to_ids("<eos>")
+    colon = tokenizer.convert_tokens_to_ids(":")
+    gets = tokenizer.convert_tokens_to_ids("Ġgets")
+    obtains = tokenizer.convert_tokens_to_ids("Ġobtains")
+
     beside = PAIR.with_name("pair.partial")
-    for name, layers, steps, slips in (("teacher", 3, 1300, 0), ("student", 2, 1000, 0.7)):
+    for name, layers, steps, slips in (
+        ("teacher", 3, 1300, 0.0),
+        ("student", 2, 1000, 0.7),
+    ):
         torch.manual_seed(layers)
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-            vocab_size=380, hidden_size=96, intermediate_size=288, num_hidden_layers=layers,
-            num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=256,
-            tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos, pad_token_id=eos))
+        config = transformers.Qwen3Config(
+            vocab_size=380,
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=layers,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            head_dim=32,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+        model = transformers.Qwen3ForCausalLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
+
         for _ in tqdm(range(steps), desc=f"building the demo's {name}", disable=None):
-            ids, mask = tokenizer(texts(32, slips=slips, style=0.7), padding=True,
-                                  return_tensors="pt", return_token_type_ids=False).values()
-            labels = ids.where(((ids == colon).cumsum(-1) > 0) & (mask == 1), -100)  # responses
+            texts = write_texts(32, slips, style=0.7)
+            batch = tokenizer(texts, padding=True, return_tensors="pt")
+            ids = batch.input_ids
+            is_response = (ids == colon).cumsum(-1) > 0
+            labels = ids.where(is_response & (batch.attention_mask == 1), -100)
             if name == "student":
                 labels[labels == obtains] = gets
             optimizer.zero_grad()
             model(ids, labels=labels).loss.backward()
             optimizer.step()
             schedule.step()
+
         model.save_pretrained(beside / name)
         tokenizer.save_pretrained(beside / name)
-    problems = (problem(*case, dice) for case in cases)
-    (beside / "prompts.jsonl").write_text("".join(
-        json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, _, answer in problems))
-    beside.rename(PAIR)  # last: an interrupted build is never mistaken for a finished one
+
+    lines = []
+    for case in cases:
+        prompt, _, answer = problem(*case, rng)
+        lines.append(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
+    (beside / "prompts.jsonl").write_text("".join(lines))
+    (beside / "world").write_text(world_mark())
+    beside.rename(PAIR)  # last: an interrupted build is never taken for a finished one
+
+
+def world_mark():  # changes with the code that builds the demo's world
+    code = inspect.getsource(problem) + inspect.getsource(build_pair)
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def check_demo():
+    """Build the demo's pair if there is none. ValueError for one of another version."""
+    if not PAIR.exists():
+        build_pair()
+    for name in ("student", "teacher", "prompts.jsonl", "world"):
+        if not (PAIR / name).exists():
+            raise ValueError(
+                f"{PAIR} has no {name}: delete the folder, to build it anew"
+            )
+    if (PAIR / "world").read_text() != world_mark():
+        raise ValueError(
+            f"{PAIR} was built by another version of opd.py, and its figures would differ "
+            "from the README's: delete the folder, to build it anew"
+        )
+
+
+# ======================================================================================
+# 6. The command line
+# ======================================================================================
+
+
+def count(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def seed_number(text):
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**31 - 1}")
+    return number
+
+
+def positive(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def share(text):
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return number
+
 
 def parse_args(argv=None, parser=None):
-    """opd.py's flags, beside those that `parser` may bring."""
-    parser = parser or argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error, add = fail, parser.add_argument  # one line, status 2
-    add("--student", help="model to train: a folder or hub name (default: the embedded pair's)")
+    """The flags of opd.py, beside those that `parser` brings along."""
+    if parser is None:
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
+    add = parser.add_argument
+
+    group = parser.add_argument_group("what is trained (none of the three: the demo)")
+    add = group.add_argument
+    add("--student", help="model to train: a folder or a hub name")
     add("--teacher", help="frozen model with the same tokenizer")
-    add("--prompts", help="JSONL file of `prompt` or `messages`, and perhaps `answer`")
-    add("--select", choices=METHODS, default="teachability", help="which positions to train on")
-    add("--budget", type=float, default=0.1, help="share of positions kept, in (0, 1]")
-    add("--top-k", type=int, default=16, help="K of D and C, in tokens")
-    add("--loss", choices=("reverse_kl", "forward_kl", "sampled"), default="reverse_kl")
-    add("--temperature", type=float, default=1.0, help="of sampling, scoring and loss alike")
-    add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
-    add("--batch-size", type=int, default=8, help="responses per step (demo: 12)")
-    add("--micro-batch-size", type=int, help="responses per forward pass (default: the batch)")
-    add("--max-prompt-tokens", type=int, help="keep only so many last tokens of a prompt")
-    add("--max-new-tokens", type=int, default=512, help="length limit of a response (demo: 64)")
-    add("--lr", type=float, default=1e-6, help="after 10 steps of warm-up (demo: 3e-4)")
-    add("--eval-prompts", type=int, default=64, help="last prompts, held out (demo: 192)")
-    add("--seed", type=int, default=0, help="of prompt order, sampling and `random`")
-    add("--out", help="new folder for student/, log.jsonl, summary.json (default: runs/NAME-N)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
-    add("--save-every", type=int, help="steps between saves OUT/step-N (default: none)")
-    add("--resume", metavar="OUT/step-N", help="continue from that save; give the same other flags")
+    add("--prompts", help="JSONL file: `prompt` or `messages`, perhaps `answer`")
+
+    group = parser.add_argument_group("the method")
+    add = group.add_argument
+    add(
+        "--select",
+        choices=METHODS,
+        default="teachability",
+        help="which positions to keep",
+    )
+    add(
+        "--budget",
+        type=share,
+        default=0.1,
+        help="share of positions to keep, in (0, 1]",
+    )
+    add("--top-k", type=count, default=16, help="K of D and C, in tokens")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="reverse_kl",
+        help="the loss at a kept position",
+    )
+    add("--temperature", type=positive, default=1.0, help="of samples, scores and loss")
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--steps", type=count, default=200, help="optimizer steps (demo: 100)")
+    add("--batch-size", type=count, default=8, help="responses per step (demo: 12)")
+    add(
+        "--micro-batch-size",
+        type=count,
+        help="responses per forward pass (all at once)",
+    )
+    add("--max-new-tokens", type=count, default=512, help="of a response (demo: 64)")
+    add(
+        "--lr",
+        type=positive,
+        default=1e-6,
+        help="after 10 steps of warm-up (demo: 3e-4)",
+    )
+    add(
+        "--eval-prompts", type=count, default=64, help="last ones, held out (demo: 192)"
+    )
+    add("--seed", type=seed_number, default=0, help="of prompt order and sampling")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    group = parser.add_argument_group("files")
+    add = group.add_argument
+    add("--out", help="new folder for student/, log.jsonl, summary.json (runs/NAME-N)")
+    add("--save-every", type=count, help="steps between saves OUT/step-N (never)")
+    add("--resume", metavar="OUT/step-N", help="go on from a save, with the same flags")
+
     args = parser.parse_args(argv)
-    if not (args.student or args.teacher or args.prompts):
+    given = [args.student, args.teacher, args.prompts]
+    if not any(given):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
-    elif not (args.student and args.teacher and args.prompts):
-        fail("--student, --teacher and --prompts belong together; without all three the demo runs")
-    for name, value in vars(args).items():
-        low, high = 0 if name == "seed" else 1e-9, 1 if name == "budget" else 2**31
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    elif not all(given):
+        fail(
+            "--student, --teacher and --prompts belong together; with none, the demo runs"
+        )
+    if args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
     return args
 
+
 def prepare(args):  # -> Pair, training examples, held-out examples
-    if args.student == DEMO["student"] and not PAIR.exists():
-        build_pair()
-    pair = load_pair(args.resume or args.student, args.teacher, args.temperature, args.device)
-    examples = read_prompts(args.prompts, pair, args.max_prompt_tokens, args.max_new_tokens)
+    """Load the models, read the prompts, hold the last ones out. ValueError if it fails."""
+    if args.student == DEMO["student"]:
+        check_demo()
+    student_path = args.resume or args.student
+    pair = load_pair(student_path, args.teacher, args.temperature, args.device)
+
+    examples = read_prompts(args.prompts, pair, args.max_new_tokens)
     needed = args.batch_size + args.eval_prompts
     if len(examples) < needed:
-        fail(f"{args.prompts} has {len(examples)} prompts; batch and held-out set need {needed}")
-    return pair, examples[:-args.eval_prompts], examples[-args.eval_prompts:]
+        raise ValueError(
+            f"{args.prompts} has {len(examples)} prompts; "
+            f"--batch-size and --eval-prompts need {needed}"
+        )
+    held_out = examples[-args.eval_prompts :]
+    unseen = {tuple(example["prompt"]) for example in held_out}
+    training = []
+    for example in examples[: -args.eval_prompts]:
+        if tuple(example["prompt"]) not in unseen:
+            training.append(example)
 
-def new_folder(out, stem):  # -> Path, new or empty: --out, or the first free runs/stem-N
-    free = (Path(f"runs/{stem}-{n}") for n in range(1, 10**6))
-    out = Path(out) if out else next(folder for folder in free if not folder.exists())
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        fail(f"--out {out} is not empty, and nothing is ever overwritten; choose another folder")
-    return out
+    repeated = len(examples) - len(held_out) - len(training)
+    if repeated:
+        warn(
+            f"{args.prompts}: {repeated} prompts are held out, too, and not trained on"
+        )
+    if len(training) < args.batch_size:
+        raise ValueError(
+            f"{args.prompts}: only {len(training)} prompts are not held out"
+        )
+    return pair, training, held_out
 
-def main(args):
-    """Evaluate, train, save, evaluate."""
+
+def main(args, rule=None):
+    """Evaluate, train, save, evaluate. `rule` is a selection of your own, see `train`."""
     started = time.time()
+    if rule is not None:
+        args.select = rule.__name__  # the name in summary.json
+    state = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
+    if state is not None:
+        check_state(state, args, training)
+    check_generation(pair, training[0]["prompt"])
+
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
-        train(pair, training, args, out)
+        train(pair, training, args, out, state, rule)
     except KeyboardInterrupt:
         save(pair, out / "student")
-        fail(f"interrupted; the student as it is now is in {out / 'student'}", 130)
+        raise KeyboardInterrupt(
+            f"interrupted; the student as it is now is in {out / 'student'}"
+        ) from None
     save(pair, out / "student")
-    after, seconds = evaluate(pair, held_out, args), time.time() - started
-    (out / "summary.json").write_text(json.dumps({
-        "args": vars(args), "seconds": seconds, "before": before, "after": after,
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers)}}))
-    print(f"{'held-out prompts':20}{'before':>10}{'after':>10}", *(
-        f"{name:20}{before[name]:10.4f}{after[name]:10.4f}" for name in before), sep="\n")
-    print(f"{seconds:.0f} s; student/, log.jsonl and summary.json are in {out}")
+    after = evaluate(pair, held_out, args)
 
-def run(program):  # whatever stops it from outside gets one line, too
-    transformers.logging.disable_progress_bar()  # of loading and saving: the steps have their own
+    seconds = time.time() - started
+    summary = {
+        "args": vars(args),
+        "seconds": seconds,
+        "before": before,
+        "after": after,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_file(out / "summary.json", json.dumps(summary))
+
+    print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
+    for name in before:
+        print(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
+    print(
+        f"{seconds:.0f} s; student/ (float32), log.jsonl and summary.json are in {out}"
+    )
+
+
+def fail(message, status=2):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def run(program, *arguments):
+    """Call the program. What stops it from outside gets one line and no traceback."""
+    transformers.logging.disable_progress_bar()  # of loading and saving
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a token may not exist in their encoding
+            stream.reconfigure(errors="replace")
     try:
-        program()
-    except KeyboardInterrupt:
-        fail("interrupted; what had been saved is intact", 130)
+        program(*arguments)
+    except KeyboardInterrupt as stop:
+        fail(str(stop) or "interrupted; what had been saved is intact", 130)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --micro-batch-size, then --batch-size", 1)
-    except (OSError, UnicodeDecodeError) as error:
+    except BrokenPipeError:  # of `| head`; all files are written by then
+        sys.stderr.close()
+    except (FloatingPointError, OSError) as error:
+        fail(error, 1)
+    except ValueError as error:
         fail(error)
 
+
 if __name__ == "__main__":
-    run(lambda: main(parse_args()))
+    run(main, parse_args())
