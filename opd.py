@@ -14,15 +14,17 @@ One training step (the loop in `train`):
               compatibility C, how much of what the teacher wants does the student
               consider at all?
   3. rank     by teachability, D * C, with D and C rescaled to [0, 1]
-  4. select   keep the best share of all positions in the batch: the `budget`, a tenth
-  5. update   one optimizer step on the mean KL(student || teacher) of the kept positions
+  4. select   keep the best share of the batch's positions: the `budget`, a tenth
+  5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
-Notation: p is the student's next-token distribution, q the teacher's; KL and entropy are
-in nats. Shapes: B responses, P prompt tokens, R response positions, V tokens in the
-vocabulary, E hidden units, N valid positions of a batch (not padding), n some of them.
-"Top K" always means the K likeliest tokens, on which D and C are measured. Sampling is
-never filtered.
+Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
+are in nats. "Top K" always means the K likeliest tokens, on which D and C are measured;
+sampling is never filtered. Sections are the paper's.
 
+Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
+E hidden units, N valid positions of a batch (not padding), n some of them.
+
+The method is in parts 1 to 3. Parts 4 to 6 (files, checks, the demo, flags) can wait.
 Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
 """
 
@@ -47,15 +49,15 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-METHODS = (
-    "full",
-    "teachability",
-    "teachability_entropy",
-    "entropy",
-    "divergence",
-    "tip",
-    "compatibility",
-    "incompatible",
+METHODS = (  # what --select keeps; all but the first two are there to compare with
+    "full",  # every position: plain on-policy distillation
+    "teachability",  # D * C
+    "teachability_entropy",  # H or D * C
+    "entropy",  # H
+    "divergence",  # D
+    "tip",  # H or D, arXiv 2604.14084
+    "compatibility",  # C
+    "incompatible",  # D * (1 - C)
     "random",
 )
 LOSSES = ("reverse_kl", "forward_kl", "sampled")
@@ -96,8 +98,8 @@ def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
     """D = KL(q on U || p on U), in nats: how much both models disagree (section 3.2).
 
-    U is the union of the student's and the teacher's top K tokens; p and q are restricted
-    to U and renormalised, so that each sums to one there. ValueError for k < 1.
+    U is the union of the student's and the teacher's top K tokens. On it, p and q are
+    renormalised, so that each sums to one there. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -151,10 +153,10 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
-    """By what `method` ranks the positions: high is kept first (section 3.3).
+    """A number for each position, by which `method` ranks: high is kept first (3.3).
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws from
-    `generator`, on the CPU. ValueError for an unknown method.
+    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws
+    from `generator`, on the CPU. ValueError for an unknown method.
     """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
@@ -190,8 +192,8 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions (section 3.3).
 
-    Ties go to the earlier position, row by row. A response of which nothing was kept then
-    gets its best position too. ValueError for a budget outside (0, 1].
+    Ties go to the earlier position, row by row. A response of which nothing was kept
+    then gets its best position, too. ValueError for a budget outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -213,11 +215,11 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
 
 
 def token_loss(kind, student_logits, teacher_logits, tokens):
-    """The loss at each position, in nats: [..., V], [..., V], [...] -> [...] (section 3.4).
+    """The loss at each position, in nats: [..., V], [..., V], [...] -> [...].
 
     "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
-    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Its gradient
-    is that of "reverse_kl" in expectation over y. ValueError for another kind.
+    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Its
+    expected gradient is that of "reverse_kl". ValueError for another kind.
     """
     if kind == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
@@ -280,7 +282,7 @@ def autocast():  # matrix products in bf16 on a GPU that can; no effect on a CPU
 
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt: from p itself, without a filter."""
+    """The student samples a response to each prompt, from p itself: no filter."""
     longest = max(len(prompt) for prompt in prompts)
     padding_id = pair.end_ids[0] if pair.end_ids else 0
     ids = []
@@ -321,11 +323,13 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
 
     responses = ids[:, longest:]  # [B, R]
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
+    mask = response_mask(responses, pair.end_ids)
+    responses = responses.masked_fill(is_end, padding_id)  # one id for all ends
     return Rollout(
-        ids=ids,
+        ids=torch.cat([ids[:, :longest], responses], -1),
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
-        responses=responses.masked_fill(is_end, padding_id),  # one id for all ends
-        mask=response_mask(responses, pair.end_ids),
+        responses=responses,
+        mask=mask,
         truncated=~is_end.any(-1),
     )
 
@@ -346,8 +350,8 @@ def split(batch, size):  # -> micro-batches of `size` responses
 
 
 def hidden_states(model, batch):  # -> [B, R, E]
-    """The model's last hidden states, each at the place of the token that it predicts."""
-    # Rotary models would not mind, but GPT-2's learned positions must not count padding.
+    """The model's last hidden states, each at the place of the token it predicts."""
+    # Rotary models do not mind, but GPT-2's learned positions must not count padding.
     positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
     with autocast():
         hidden = model.base_model(
@@ -359,8 +363,8 @@ def hidden_states(model, batch):  # -> [B, R, E]
             0
         ]  # [B, P + R, E]
 
-    # The state at one token predicts the next. So the R states that predict the response
-    # begin at the prompt's last token, and end one before the response's last token.
+    # The state at one token predicts the next. So the R states that predict the
+    # response begin at the prompt's last token, and end one before the response's last.
     length = batch.mask.shape[1]
     return hidden[:, -length - 1 : -1]
 
@@ -368,8 +372,8 @@ def hidden_states(model, batch):  # -> [B, R, E]
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q everywhere: float32, at the pair's temperature.
 
-    The end of a response is one event. Often the student ends with another token than its
-    teacher; as two tokens that would be a huge disagreement, and the student would be
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
     taught not to end. So the probabilities of all end tokens are added, in one column.
     """
     with autocast():
@@ -392,22 +396,20 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
 LOGITS_AT_ONCE = 2**24
 
 
-def chunk_starts(pair, positions):  # -> first positions of the chunks, size of a chunk
+def chunks(pair, positions):  # -> slices of as many positions as fit
     size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    return range(0, positions, size), size
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 @torch.no_grad()
 def at_valid_positions(pair, batch, micro_batch_size, measure_logits):  # -> {name: [N]}
-    """Apply measure_logits(student_logits, teacher_logits) -> {name: [n]} to all chunks."""
+    """Call measure_logits(student_logits, teacher_logits) -> {name: [n]} on all."""
     found = defaultdict(list)
     for part in split(batch, micro_batch_size):
         student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
         teacher_hidden = hidden_states(pair.teacher, part)[part.mask]
 
-        starts, size = chunk_starts(pair, len(student_hidden))
-        for start in starts:
-            chunk = slice(start, start + size)
+        for chunk in chunks(pair, len(student_hidden)):
             measured = measure_logits(
                 next_token_logits(pair, pair.student, student_hidden[chunk]),
                 next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
@@ -429,7 +431,7 @@ def measure(student_logits, teacher_logits, k):  # [n, V], [n, V] -> {name: [n]}
 
 
 def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
-    """`measure` at every valid position of the batch, without gradient; 0 at all others."""
+    """`measure` at every valid position of the batch, without gradient; 0 elsewhere."""
 
     def measure_logits(student_logits, teacher_logits):
         return measure(student_logits, teacher_logits, k)
@@ -456,8 +458,8 @@ def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, no
     Returns that mean and the norm of its gradient before clipping. If either is not
     finite, no step is taken: FloatingPointError.
     """
-    # The divisor counts the whole batch. A mean for each micro-batch would give positions
-    # in a micro-batch with few of them more weight than the others.
+    # The divisor counts the whole batch. With a mean for each micro-batch, a position
+    # would weigh more where few others were kept.
     number_kept = keep.sum()
     mean_loss = 0.0
     parts = split(batch, micro_batch_size)
@@ -468,11 +470,9 @@ def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, no
         tokens = part.responses[keep_part]
 
         # checkpoint() forgets the logits of a chunk at once, and makes them again when
-        # the gradient comes back through it. Two chunks' logits are never held together.
+        # the gradient comes back through it. So those of two chunks never coexist.
         loss_sum = 0.0
-        starts, size = chunk_starts(pair, len(tokens))
-        for start in starts:
-            chunk = slice(start, start + size)
+        for chunk in chunks(pair, len(tokens)):
             loss_sum = loss_sum + torch.utils.checkpoint.checkpoint(
                 chunk_loss,
                 pair,
@@ -518,7 +518,7 @@ def train(pair, examples, args, out, state=None, rule=None):
         optimizer.load_state_dict(state["optimizer"])
     budget = 1 if args.select == "full" else args.budget
 
-    # All randomness is a function of seed and step. So a resumed run goes on bit for bit.
+    # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
@@ -641,7 +641,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
     means = {}
     if right:
-        means["accuracy"] = sum(right) / len(right)
+        means["accuracy"] = right.count(True) / len(right)
     for name in measured:
         means[name] = torch.cat(measured[name]).double().mean().item()
     means["mean_length"] = torch.cat(lengths).mean().item()
@@ -650,13 +650,18 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. What stands around the method: models, prompts, answers, files. Functions here raise
-#    ValueError for bad input; the command line turns it into one clear line.
+# 4. What stands around the method: models, prompts, answers, files. Bad input raises
+#    ValueError, which the command line turns into one clear line.
 # ======================================================================================
 
 
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
+
+
+def describe(error):  # in one line, with its type unless the text is our own
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
@@ -686,12 +691,8 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
         model = model.to(device)
         model.eval()  # for good: dropout would make the update see another p
         check_logits(model)
-    except (
-        Exception
-    ) as error:  # OSError, ImportError, SafetensorError, of the device...
-        reason = " ".join(str(error).split())
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(f"{flag} {path} on {device}: {kind}{reason}") from error
+    except Exception as error:  # OSError, ImportError, SafetensorError, the device's
+        raise ValueError(f"{flag} {path} on {device}: {describe(error)}") from error
 
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
@@ -701,43 +702,50 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
 
 @torch.no_grad()
 def check_logits(model):
-    """ValueError unless our way to the logits gives the model's own.
+    """ValueError unless our way to the logits, and generate()'s, give the model's own.
 
-    We project hidden states ourselves, and pad on the left. Not all families bear that:
-    some cap or scale their logits, some look at padding (recurrent ones, for instance).
+    We pad on the left and project hidden states ourselves. Not all families bear that:
+    some cap or scale their logits, some are recurrent and read the padding.
     """
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
-            raise ValueError(
-                f"{model.config.model_type} models change logits by {name}"
-            )
+            raise ValueError(f"{config.model_type} models change logits by {name}")
 
+    # Twelve tokens from all over the vocabulary, and eight that the model goes on with.
     rows = len(model.get_input_embeddings().weight)
-    ids = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
-    own = model(ids).logits[0, -6:].float()  # of the last six, alone
-
-    batch = Rollout(
-        ids=torch.cat([ids[:, :5], ids], -1),
-        attention=torch.cat([torch.zeros_like(ids[:, :5]), torch.ones_like(ids)], -1),
-        responses=ids[:, -5:],
-        mask=ids[:, -5:] >= 0,
-        truncated=ids[:, 0] >= 0,
+    prompt = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
+    padding = torch.zeros_like(prompt[:, :5])
+    attention = torch.cat([padding, torch.ones_like(prompt)], -1)
+    generated = model.generate(
+        torch.cat([padding, prompt], -1),
+        attention_mask=attention,
+        pad_token_id=0,
+        do_sample=False,
+        max_new_tokens=8,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    with torch.autocast(model.device.type, enabled=False):
-        hidden = hidden_states(model, batch)[0]
-        ours = model.get_output_embeddings()(hidden).float()
+    drawn = torch.cat(generated.logits).float()  # [R, output rows]
+    responses = generated.sequences[:, -len(drawn) :]  # [1, R]
+    own = model(torch.cat([prompt, responses], -1)).logits[0]  # without padding
+    own = own[-len(drawn) - 1 : -1].float()
 
-    # Sound families agree to 1e-5 in float32, others differ by a hundredth and more.
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    difference = (ours - own[:-1]).abs().max()
-    if (
-        not difference <= tolerance * own.abs().max()
-    ):  # `not <=` is true for nan as well
-        raise ValueError(
-            f"the logits of this {model.config.model_type} model cannot be recomputed "
-            "from its hidden states under left padding; choose another family"
-        )
+    mask = torch.ones_like(responses).bool()
+    attention = torch.cat([attention, torch.ones_like(responses)], -1)
+    batch = Rollout(generated.sequences, attention, responses, mask, mask[:, 0])
+    hidden = hidden_states(model, batch)[0]
+    ours = model.get_output_embeddings()(hidden.to(model.dtype)).float()
+
+    # In float32, sound families agree to 1e-5, others differ by a hundredth and more.
+    tolerance = 1e-3 if model.dtype == torch.float32 and not BF16 else 3e-2
+    for logits, what in ((ours, "recomputed from hidden states"), (drawn, "generated")):
+        difference = (logits - own).abs().max() / own.abs().max()
+        if not difference <= tolerance:  # true for nan, too
+            raise ValueError(
+                f"the logits of this {config.model_type} model, {what} under left "
+                "padding, are not its own; choose another family"
+            )
 
 
 def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> Pair
@@ -757,13 +765,13 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> 
     for name, weight in student.named_parameters():
         if weight.dtype != torch.float32 or not weight.requires_grad:
             raise ValueError(
-                f"--student {student_path}: {name} cannot be trained (quantised, frozen, "
-                "or an adapter); give a folder with all weights in plain float form"
+                f"--student {student_path}: {name} cannot be trained (quantised, "
+                "frozen, an adapter's); give a model with all weights as plain floats"
             )
 
     check_vocabularies(tokenizer, teacher_tokenizer)
 
-    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer. The last are padding.
+    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer; the last ones pad.
     student_rows = len(student.get_output_embeddings().weight)
     teacher_rows = len(teacher.get_output_embeddings().weight)
     vocab_size = min(student_rows, teacher_rows)
@@ -772,16 +780,14 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> 
     # lies in the shared vocabulary if any does.
     end_ids = sorted(student_ends | teacher_ends)
     if not end_ids or end_ids[0] >= student_rows:
-        warn(
-            "the student has no token that ends a response: all reach the length limit"
-        )
+        warn("the student has no token that ends a response; all run to the limit")
     if not end_ids or end_ids[0] >= vocab_size:
         end_ids = []
     return Pair(student, teacher, tokenizer, end_ids, vocab_size, temperature)
 
 
 def check_vocabularies(student_tokenizer, teacher_tokenizer):
-    """ValueError if an ordinary token has two ids; a warning if only added ones have."""
+    """ValueError if an ordinary token has two ids, a warning if an added one has."""
     student_ids = student_tokenizer.get_vocab()
     teacher_ids = teacher_tokenizer.get_vocab()
     added = set(student_tokenizer.get_added_vocab())
@@ -793,20 +799,20 @@ def check_vocabularies(student_tokenizer, teacher_tokenizer):
             differing.append(token)
     ordinary = [token for token in differing if token not in added]
 
-    for token in ordinary[:1] or differing[:1]:
-        text = (
-            f"{token!r} has the id {student_ids.get(token)} in the student's tokenizer "
-            f"and {teacher_ids.get(token)} in the teacher's"
-        )
-        if ordinary:
-            raise ValueError(f"{text}; choose two models with one vocabulary")
-        warn(f"only added or special tokens differ: {text}; going on")
+    if not differing:
+        return
+    token = (ordinary or differing)[0]
+    text = (
+        f"{token!r} has the id {student_ids.get(token)} in the student's tokenizer "
+        f"and {teacher_ids.get(token)} in the teacher's"
+    )
+    if ordinary:
+        raise ValueError(f"{text}; choose two models with one vocabulary")
+    warn(f"only added or special tokens differ: {text}; going on")
 
 
-def read_prompts(
-    path, pair, max_new_tokens
-):  # -> [{"prompt": token ids, "answer": text}]
-    """Read a JSONL file; one object a line, see README section 7.
+def read_prompts(path, pair, max_new_tokens):
+    """A JSONL file -> [{"prompt": token ids, "answer": text or None}].
 
     ValueError, with file and line, for whatever is wrong.
     """
@@ -838,8 +844,7 @@ def read_prompts(
             prompt = tokenize_prompt(record, tokenizer)
             answer = read_answer(record)
         except Exception as error:  # a chat template may raise anything
-            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(f"{place}: {kind}{error}") from error
+            raise ValueError(f"{place}: {describe(error)}") from error
 
         if not prompt:
             raise ValueError(f"{place}: the prompt has no token")
@@ -852,7 +857,8 @@ def read_prompts(
             token = tokenizer.convert_ids_to_tokens(max(prompt))
             raise ValueError(f"{place}: one of the models does not know {token!r}")
 
-        ignored |= set(record) - {"prompt", "answer"} - CHAT_KEYS
+        used = CHAT_KEYS if "messages" in record else {"prompt", "answer"}
+        ignored |= set(record) - used
         if several_numbers is None and answer and to_number(answer) is None:
             if len(re.findall(NUMBER, answer)) > 1:
                 several_numbers = place
@@ -876,7 +882,7 @@ def length_limit(pair):  # -> tokens of prompt and response together
     return limit
 
 
-CHAT_KEYS = {"messages", "tools", "chat_template_kwargs"}
+CHAT_KEYS = {"messages", "tools", "chat_template_kwargs", "answer"}
 
 
 def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> token ids
@@ -894,7 +900,7 @@ def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> tok
             tools=record.get("tools"),
             tokenize=False,
             add_generation_prompt=True,
-            **record.get("chat_template_kwargs", {}),
+            **(record.get("chat_template_kwargs") or {}),
         )
 
     # Never two BOS tokens: a chat template writes its own, and a text may bring one.
@@ -914,8 +920,10 @@ def check_messages(messages):
     if not isinstance(messages, list) or not messages:
         raise ValueError("`messages` must be a list of objects")
     for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        if not isinstance(message, dict) or "role" not in message:
             raise ValueError("each of `messages` must have `role` and `content`")
+        if message.get("content") is None and "tool_calls" not in message:
+            raise ValueError(f"the {message['role']}'s message has no `content`")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last of `messages` is the assistant's: nothing to answer")
 
@@ -982,53 +990,8 @@ def response_text(pair, batch, i):  # -> the text of response i, without its end
     return pair.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@torch.no_grad()
-def check_generation(pair, prompt):
-    """Warn if generate() predicts otherwise than the forward pass that scores.
-
-    A few families do (sparse attention, rescaled positions). Their student would be
-    trained on tokens that it would not have written.
-    """
-    ids = torch.tensor([prompt], device=pair.student.device)
-    attention = torch.ones_like(ids)
-    with autocast():
-        output = pair.student.generate(
-            ids,
-            attention_mask=attention,
-            pad_token_id=0,
-            do_sample=False,
-            max_new_tokens=64,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    when_drawn = torch.cat(output.logits).float().log_softmax(-1)  # [R, output rows]
-    responses = output.sequences[:, ids.shape[1] :]  # [1, R]
-
-    batch = Rollout(
-        ids=output.sequences,
-        attention=torch.ones_like(output.sequences),
-        responses=responses,
-        mask=torch.ones_like(responses).bool(),
-        truncated=torch.ones_like(responses[:, 0]).bool(),
-    )
-    with autocast():
-        logits = pair.student.get_output_embeddings()(
-            hidden_states(pair.student, batch)[0]
-        )
-    when_scored = logits.float().log_softmax(-1)
-
-    tokens = responses[0][:, None]
-    difference = when_drawn.gather(-1, tokens) - when_scored.gather(-1, tokens)
-    difference = difference.abs().mean().item()
-    if not difference <= 0.1:
-        warn(
-            f"--student: sampled tokens are scored {difference:.2f} nats apart from their "
-            "probability when drawn; this family may not be trained on its own samples"
-        )
-
-
 def save(pair, folder, state=None):
-    """Write beside, then rename: whatever is called `folder` is complete. Else OSError."""
+    """Write beside, then rename: what is called `folder` is complete. Else OSError."""
     beside = folder.with_name(folder.name + ".partial")
     try:
         pair.student.save_pretrained(beside)
@@ -1038,8 +1001,8 @@ def save(pair, folder, state=None):
         beside.rename(folder)
     except Exception as error:  # every library has its own exception for a full disk
         raise OSError(
-            f"{folder} could not be written ({type(error).__name__}: {error}); "
-            "earlier saves are intact"
+            f"{folder} could not be written, earlier saves are intact: "
+            f"{describe(error)}"
         ) from error
 
 
@@ -1068,61 +1031,46 @@ def new_folder(out, name):  # -> Path: --out, or the first free runs/NAME-N
     return folder
 
 
-SAME_ON_RESUME = (
-    "student",
-    "teacher",
-    "select",
-    "budget",
-    "top_k",
-    "loss",
-    "temperature",
-    "batch_size",
-    "max_new_tokens",
-    "lr",
-    "seed",
-)
-
-
 def resume_settings(args, examples):  # -> {flag: what it must still be on --resume}
-    settings = {name: getattr(args, name) for name in SAME_ON_RESUME}
+    settings = vars(args).copy()
+    for name in ("steps", "out", "device", "resume", "save_every"):
+        settings.pop(name)
+    settings.pop("micro_batch_size")
+    settings.pop("eval_prompts")  # in so far as it changes the examples
     text = json.dumps(examples)
     settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()
     return settings
 
 
 def load_state(folder):  # -> what `train` handed to `save`
-    path = Path(folder) / "state.pt"
-    if not path.exists():
-        raise ValueError(
-            f"--resume {folder}: there is no state.pt; name a folder OUT/step-N"
-        )
     try:
-        state = torch.load(path, map_location="cpu")
+        state = torch.load(Path(folder) / "state.pt", map_location="cpu")
+        state["settings"]
     except Exception as error:
-        raise ValueError(f"--resume {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or "settings" not in state:
-        raise ValueError(f"--resume {path} was written by another version")
+        raise ValueError(
+            f"--resume {folder}: no state.pt of this version there; name a folder "
+            f"OUT/step-N ({describe(error)})"
+        ) from error
     return state
 
 
 def check_state(state, args, examples):
     """ValueError, naming the flag, if the resumed run would not be the same run."""
-    for name, value in resume_settings(args, examples).items():
-        before = state["settings"][name]
+    before = state["settings"]
+    now = resume_settings(args, examples)
+    for name in now:
         flag = "--" + name.replace("_", "-")
-        if value == before:
-            continue
-        if name == "prompts":
+        if name == "prompts" and now[name] != before.get(name):
             raise ValueError(
-                "--resume: --prompts or --eval-prompts differ from that run's"
+                "--resume: --prompts, or --eval-prompts, differ from before"
             )
-        raise ValueError(
-            f"--resume: {flag} was {before} in that run, and is {value} now"
-        )
+        if now[name] != before.get(name):
+            was = before.get(name)
+            raise ValueError(
+                f"--resume: {flag} was {was} before and is {now[name]} now"
+            )
     if args.steps <= state["step"]:
-        raise ValueError(
-            f"--steps {args.steps}: that save has {state['step']} steps already"
-        )
+        raise ValueError(f"--steps {args.steps}: that save is of step {state['step']}")
 
 
 # ======================================================================================
@@ -1147,8 +1095,8 @@ def problem(
 ):  # -> prompt, response, answer
     """Four sums on a clock of 24 hours, and a response that works them out.
 
-    Half of all sums are hard: of these, a share `slips` comes out one too high. In place
-    of "gets", the response says "obtains" in a share `style` of the sums.
+    Half of all sums are hard: of these, a share `slips` comes out one too high. In a
+    share `style` of the sums, the response says "obtains" in place of "gets".
     """
     hour = start
     sentences = []
@@ -1174,9 +1122,9 @@ def problem(
 def build_pair():
     """Train both models of the demo, once: a few minutes.
 
-    The teacher adds well and writes "obtains" in 70 % of the places. The smaller student
-    slips in 70 % of the hard sums. It reads "obtains" and never learns to write it. A
-    quarter of the sums is held out from everything.
+    The teacher adds well and writes "obtains" in 70 % of the places. The smaller
+    student slips in 70 % of the hard sums. It reads "obtains" and never learns to write
+    it. A quarter of the sums is held out from everything.
     """
     rng = random.Random(0)
     sums = [(start, step) for start in range(1, 25) for step in range(2, 10)]
@@ -1276,7 +1224,7 @@ def check_demo():
             )
     if (PAIR / "world").read_text() != world_mark():
         raise ValueError(
-            f"{PAIR} was built by another version of opd.py, and its figures would differ "
+            f"{PAIR} was built by another version of opd.py, so figures would differ "
             "from the README's: delete the folder, to build it anew"
         )
 
@@ -1284,34 +1232,6 @@ def check_demo():
 # ======================================================================================
 # 6. The command line
 # ======================================================================================
-
-
-def count(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def seed_number(text):
-    number = int(text)
-    if not 0 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**31 - 1}")
-    return number
-
-
-def positive(text):
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def share(text):
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return number
 
 
 def parse_args(argv=None, parser=None):
@@ -1337,45 +1257,43 @@ def parse_args(argv=None, parser=None):
     )
     add(
         "--budget",
-        type=share,
+        type=float,
         default=0.1,
         help="share of positions to keep, in (0, 1]",
     )
-    add("--top-k", type=count, default=16, help="K of D and C, in tokens")
+    add("--top-k", type=int, default=16, help="K of D and C, in tokens")
     add(
         "--loss",
         choices=LOSSES,
         default="reverse_kl",
         help="the loss at a kept position",
     )
-    add("--temperature", type=positive, default=1.0, help="of samples, scores and loss")
+    add("--temperature", type=float, default=1.0, help="of samples, scores and loss")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--steps", type=count, default=200, help="optimizer steps (demo: 100)")
-    add("--batch-size", type=count, default=8, help="responses per step (demo: 12)")
+    add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
+    add("--batch-size", type=int, default=8, help="responses per step (demo: 12)")
     add(
         "--micro-batch-size",
-        type=count,
+        type=int,
         help="responses per forward pass (all at once)",
     )
-    add("--max-new-tokens", type=count, default=512, help="of a response (demo: 64)")
+    add("--max-new-tokens", type=int, default=512, help="of a response (demo: 64)")
     add(
         "--lr",
-        type=positive,
+        type=float,
         default=1e-6,
         help="after 10 steps of warm-up (demo: 3e-4)",
     )
-    add(
-        "--eval-prompts", type=count, default=64, help="last ones, held out (demo: 192)"
-    )
-    add("--seed", type=seed_number, default=0, help="of prompt order and sampling")
+    add("--eval-prompts", type=int, default=64, help="last ones, held out (demo: 192)")
+    add("--seed", type=int, default=0, help="of prompt order and sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     group = parser.add_argument_group("files")
     add = group.add_argument
     add("--out", help="new folder for student/, log.jsonl, summary.json (runs/NAME-N)")
-    add("--save-every", type=count, help="steps between saves OUT/step-N (never)")
+    add("--save-every", type=int, help="steps between saves OUT/step-N (never)")
     add("--resume", metavar="OUT/step-N", help="go on from a save, with the same flags")
 
     args = parser.parse_args(argv)
@@ -1384,16 +1302,28 @@ def parse_args(argv=None, parser=None):
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     elif not all(given):
-        fail(
-            "--student, --teacher and --prompts belong together; with none, the demo runs"
-        )
+        fail("--student, --teacher and --prompts go together; with none, the demo runs")
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
+    check_numbers(vars(args))
     return args
 
 
+def check_numbers(flags):  # {name: value}
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, int) and value < 1 and name != "seed":
+            fail(f"{flag} {value}: give 1 or more")
+        if isinstance(value, float) and not 0 < value < math.inf:
+            fail(f"{flag} {value}: give a number above 0")
+    if flags["budget"] > 1:
+        fail(f"--budget {flags['budget']}: give a share in (0, 1]")
+    if not 0 <= flags["seed"] < 2**31:
+        fail(f"--seed {flags['seed']}: give a number from 0 to {2**31 - 1}")
+
+
 def prepare(args):  # -> Pair, training examples, held-out examples
-    """Load the models, read the prompts, hold the last ones out. ValueError if it fails."""
+    """Load the models, read the prompts, hold the last ones out."""
     if args.student == DEMO["student"]:
         check_demo()
     student_path = args.resume or args.student
@@ -1426,7 +1356,7 @@ def prepare(args):  # -> Pair, training examples, held-out examples
 
 
 def main(args, rule=None):
-    """Evaluate, train, save, evaluate. `rule` is a selection of your own, see `train`."""
+    """Evaluate, train, save, evaluate. `rule`: a selection of your own, see `train`."""
     started = time.time()
     if rule is not None:
         args.select = rule.__name__  # the name in summary.json
@@ -1434,7 +1364,6 @@ def main(args, rule=None):
     pair, training, held_out = prepare(args)
     if state is not None:
         check_state(state, args, training)
-    check_generation(pair, training[0]["prompt"])
 
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
