@@ -1,0 +1,609 @@
+"""Second half of the tests of opd.py: the program."""
+
+# --- shared helpers
+
+import gzip
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import opd
+
+HERE = Path(__file__).parent
+V = 64  # vocabulary of the tiny models
+PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
+
+
+def softmax(scores):
+    top_score = max(scores)
+    powers = [math.exp(s - top_score) for s in scores]
+    return [x / sum(powers) for x in powers]
+
+
+def kl(p, q):
+    return sum(x * math.log(x / y) for x, y in zip(p, q))
+
+
+def top(probabilities, k):
+    best_first = sorted(range(len(probabilities)), key=lambda v: -probabilities[v])
+    return set(best_first[:k])
+
+
+def rows(tensor):
+    return tensor.reshape(-1, tensor.shape[-1]).double().tolist()
+
+
+def tokenizer_of(size=V, **special):
+    words = {"<eos>": 0, "<s>": 1, "<end>": 2}
+    for i in range(3, size):
+        words[f"w{i}"] = i
+    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"eos_token": "<eos>", "pad_token": "<eos>", **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+def model_of(family, seed=0, vocab=V, width=16, scale=3.0, **more):
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=vocab,
+            n_embd=width,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            eos_token_id=0,
+            bos_token_id=None,
+            **more,
+        )
+    else:
+        name = {"qwen3": "Qwen3", "llama": "Llama", "gemma2": "Gemma2"}[family]
+        sizes = {
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 64,
+            "eos_token_id": 0,
+            "bos_token_id": None,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            **more,
+        }
+        config = getattr(transformers, f"{name}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Otherwise every distribution is flat.
+    model.get_output_embeddings().weight.data.mul_(scale)
+    return model
+
+
+def put(folder, model, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or tokenizer_of()).save_pretrained(folder)
+    return str(folder)
+
+
+def prompts_file(path, count=12, **more):
+    dice = random.Random(0)
+    with open(path, "w") as file:
+        for i in range(count):
+            words = " ".join(f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5))
+            record = {"prompt": words, "answer": f"w{3 + i}", **more}
+            file.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("qwen3", "llama", "gpt2"):
+        width = 24 if family == "gpt2" else 16
+        put(folder / f"{family}-student", model_of(family, seed=1))
+        put(folder / f"{family}-teacher", model_of(family, seed=2, width=width))
+    prompts_file(folder / "prompts.jsonl")
+    return folder
+
+
+def flags(store, out, *more, family="qwen3"):
+    pair = ["--student", f"{store}/{family}-student"]
+    pair += ["--teacher", f"{store}/{family}-teacher"]
+    pair += ["--prompts", f"{store}/prompts.jsonl", "--out", str(out)]
+    sizes = "--steps 3 --batch-size 4 --max-new-tokens 6 --lr 1e-3"
+    sizes += " --eval-prompts 4 --device cpu"
+    return [*pair, *sizes.split(), *map(str, more)]
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    """The program with these flags, into tmp_path / name -> its log."""
+
+    def main(name, *more, family="qwen3"):
+        opd.main(opd.parse_args(flags(store, tmp_path / name, *more, family=family)))
+        return [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+
+    return main
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def weights_of(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    return model.state_dict()
+
+
+def load_weights(folder):
+    return torch.cat([w.flatten() for w in weights_of(folder).values()])
+
+
+def same_weights(a, b):
+    return torch.equal(load_weights(a), load_weights(b))
+
+
+@contextmanager
+def one_line(capsys, says, status=2):
+    """What stands inside stops with this status and one clear line at the end."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    error = capsys.readouterr().err
+    assert stop.value.code == status
+    assert "Traceback" not in error
+    assert error.startswith("error: ") or error.count("\nerror: ") == 1
+    assert re.search(says, error.strip().splitlines()[-1])
+
+
+def finite(log):
+    return all(math.isfinite(value) for line in log for value in line.values())
+
+
+def timeless(log):
+    lines = []
+    for line in log:
+        lines.append({key: line[key] for key in line if "seconds" not in key})
+    return lines
+
+
+def load(store, family="qwen3", **more):
+    student = f"{store}/{family}-student"
+    return opd.load_pair(student, f"{store}/{family}-teacher", **more)
+
+
+def draw(pair, prompts=PROMPTS, length=6):
+    torch.manual_seed(0)
+    return opd.rollout(pair, prompts, length)
+
+
+def own_logits(pair, prompt, response):
+    """Both models' that predict the response: whole models, alone, no padding."""
+    ids = torch.tensor([prompt + response])
+    return [model(ids).logits[0, len(prompt) - 1 : -1] for model in pair[:2]]
+
+
+def one_by_one(pair, prompts, batch):
+    """One response at a time -> student's logits, teacher's, response."""
+    for response, mask, prompt in zip(batch.responses, batch.mask, prompts):
+        ids = response[mask].tolist()
+        yield *own_logits(pair, prompt, ids), ids
+
+
+def recorded_rollouts(monkeypatch):
+    real = opd.rollout
+    calls = []
+
+    def rollout(pair, prompts, length):
+        batch = real(pair, prompts, length)
+        calls.append((prompts, batch))
+        return batch
+
+    monkeypatch.setattr(opd, "rollout", rollout)
+    return calls
+
+
+def python(code, *args, **more):
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        **more,
+    )
+
+
+# --- end of shared helpers
+
+
+# ======================================================================================
+# The program
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "family,loss,method",
+    [
+        ("qwen3", "reverse_kl", "teachability"),
+        ("llama", "sampled", "tip"),
+        ("gpt2", "forward_kl", "random"),
+    ],
+)
+def test_a_real_run_leaves_a_student_a_log_and_a_summary(
+    run, store, tmp_path, family, loss, method, capsys
+):
+    out = tmp_path / "out"
+    log = run("out", "--loss", loss, "--select", method, family=family)
+    assert [line["step"] for line in log] == [0, 1, 2]
+    assert finite(log)
+    for line in log:
+        assert line["valid"] == 4 * line["mean_length"]
+        assert math.ceil(0.1 * line["valid"]) <= line["kept"] <= line["valid"]
+    learning_rates = [line["lr"] for line in log]
+    assert learning_rates == pytest.approx([1e-4, 2e-4, 3e-4])  # warming up
+
+    summary = summary_of(out)
+    assert set(summary) == {"args", "versions", "seconds", "before", "after"}
+    for when in ("before", "after"):
+        assert list(summary[when])[:2] == ["accuracy", "reverse_kl"]
+        assert all(math.isfinite(value) for value in summary[when].values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "student")
+    assert tokenizer("w5").input_ids == [5]
+    assert not same_weights(store / f"{family}-student", out / "student")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "log.jsonl",
+        "student",
+        "summary.json",
+    ]
+
+    printed = capsys.readouterr().out
+    assert re.search(r"^accuracy +0\.", printed, re.M)
+    assert len(printed.splitlines()) < 20
+
+
+@pytest.mark.parametrize("steps,apart", [(5, 1), (21, 2)])
+def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(
+    run, capsys, steps, apart
+):
+    log = run("out", "--steps", steps)
+    printed = capsys.readouterr().out
+    heading, *shown = re.findall(r"^ +(?:step|\d+)  .*", printed, re.M)
+    assert heading.split()[:3] == ["step", "loss", "kl_all"]
+    assert len(log) == steps
+    assert [int(line.split()[0]) for line in shown] == list(range(0, steps, apart))
+    for line in shown:
+        step, *found = map(float, line.split()[:3])
+        expected = [log[int(step)][key] for key in ("loss", "kl_all")]
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert len(line) == len(heading)
+
+
+def test_evaluation_agrees_with_loops_over_the_whole_model(store, capsys):
+    pair = load(store)
+    args = opd.parse_args(flags(store, "unused", "--batch-size", 3))
+    prompts = [[5, 6], [10], [11, 12, 13]]
+    batch = draw(pair, prompts)
+    texts = []
+    for ids, mask in zip(batch.responses, batch.mask):
+        words = [f"w{i}" for i in ids[mask].tolist() if i > 2]
+        texts.append(" ".join(words))
+    answers = [texts[0], None, texts[2] + "9"]  # right, not asked, wrong
+    examples = []
+    for prompt, answer in zip(prompts, answers):
+        examples.append({"prompt": prompt, "answer": answer})
+    measured = opd.evaluate(pair, examples, args)
+
+    values = []
+    for p, q, _ in one_by_one(pair, prompts, batch):
+        for x, y in zip(map(softmax, rows(p)), map(softmax, rows(q))):
+            entropy = -sum(a * math.log(a) for a in x)
+            values.append((kl(x, y), kl(y, x), entropy, top(x, 1) == top(y, 1)))
+    means = [sum(column) / len(values) for column in zip(*values)]
+    names = ["reverse_kl", "forward_kl", "entropy", "agreement"]
+    assert [measured[name] for name in names] == pytest.approx(means, abs=1e-4)
+    assert measured["accuracy"] == 0.5
+    assert measured["mean_length"] == pytest.approx(len(values) / 3)
+    unended = [0 not in ids for ids in batch.responses.tolist()]
+    assert measured["truncated"] == pytest.approx(sum(unended) / 3)
+    assert repr(texts[0]) in capsys.readouterr().out  # the printed sample
+
+
+def test_evaluation_weighs_positions_alike_however_they_are_batched(store):
+    # Batches of 4 and 1 responses: a mean of their means would differ.
+    pair = load(store)
+    examples = [{"prompt": [5 + i], "answer": "w9"} for i in range(5)]
+    args = opd.parse_args(flags(store, "unused", "--batch-size", 1))
+    args.temperature = pair.temperature
+    torch.manual_seed(args.seed)
+    sums = Counter()
+    for part in (examples[:4], examples[4:]):
+        batch = opd.rollout(pair, [e["prompt"] for e in part], args.max_new_tokens)
+        scores = opd.score(pair, batch, 4, 4)
+        sums["kl"] += scores["kl_all"].sum().item()
+        sums["valid"] += batch.mask.sum().item()
+    found = opd.evaluate(pair, examples, args)
+    assert found["reverse_kl"] == pytest.approx(sums["kl"] / sums["valid"], rel=1e-4)
+    assert found["mean_length"] == pytest.approx(sums["valid"] / 5)
+
+
+def test_without_answers_there_is_no_accuracy(run, tmp_path):
+    lines = [json.dumps({"prompt": f"w5 w{6 + i}"}) + "\n" for i in range(10)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    run("out", "--prompts", tmp_path / "p.jsonl")
+    summary = summary_of(tmp_path / "out")
+    assert "accuracy" not in summary["after"]
+    assert "reverse_kl" in summary["after"]
+
+
+def test_same_seed_same_log_and_other_seed_other_log(run, tmp_path):
+    a = timeless(run("a", "--seed", 3))
+    b = timeless(run("b", "--seed", 3))
+    c = timeless(run("c", "--seed", 4))
+    assert same_weights(tmp_path / "a" / "student", tmp_path / "b" / "student")
+    assert a == b
+    assert a != c
+
+
+def test_the_seed_changes_the_samples_and_not_only_the_order_of_the_prompts(
+    run, tmp_path
+):
+    lines = ['{"prompt": "w5 w6"}\n'] * 8 + ['{"prompt": "w7"}\n'] * 4
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    a = run("a", "--seed", 3, "--prompts", tmp_path / "p.jsonl")
+    b = run("b", "--seed", 4, "--prompts", tmp_path / "p.jsonl")
+    assert a[0]["kl_all"] != b[0]["kl_all"]
+
+
+def test_budget_one_is_full_opd_bit_for_bit(run, tmp_path):
+    full = timeless(run("full", "--select", "full"))
+    for method in ("divergence", "random"):
+        assert timeless(run(method, "--select", method, "--budget", 1)) == full
+        assert same_weights(
+            tmp_path / "full" / "student", tmp_path / method / "student"
+        )
+    assert full[0]["kept"] == full[0]["valid"]
+
+
+def test_a_rule_of_your_own_ranks_in_place_of_the_method(run, store, tmp_path):
+    def by_entropy(scores, mask):
+        return scores["entropy"]
+
+    named = run("named", "--select", "entropy", "--steps", 2)
+    args = flags(store, tmp_path / "own", "--steps", 2)
+    opd.main(opd.parse_args(args), rule=by_entropy)
+    own = [json.loads(line) for line in open(tmp_path / "own" / "log.jsonl")]
+    assert [line["kept"] for line in own] == [line["kept"] for line in named]
+    assert own[0]["loss"] == pytest.approx(named[0]["loss"], rel=1e-4)
+    assert summary_of(tmp_path / "own")["args"]["select"] == "by_entropy"
+
+
+def test_full_distillation_brings_the_student_closer(run, tmp_path):
+    more = ["--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8]
+    run("out", *more)
+    summary = summary_of(tmp_path / "out")
+    assert summary["after"]["reverse_kl"] < 0.7 * summary["before"]["reverse_kl"]
+
+
+def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(run, tmp_path):
+    model = model_of("qwen3", seed=1).bfloat16()
+    path = put(tmp_path / "bf16", model)
+    run("out", "--student", path, "--lr", "1e-6", "--steps", 20, "--select", "full")
+    before = model.state_dict()
+    after = weights_of(tmp_path / "out" / "student")
+    moved = sum((after[name] != before[name].float()).sum().item() for name in after)
+    assert moved > 0.9 * sum(w.numel() for w in after.values())
+
+
+def test_the_first_step_is_that_of_adamw_at_a_tenth_of_the_learning_rate(
+    run, store, tmp_path
+):
+    run("out", "--lr", 1, "--steps", 1, "--select", "full")
+    before = weights_of(store / "qwen3-student")
+    after = weights_of(tmp_path / "out" / "student")
+    # After one step Adam's two moments cancel: all move by lr, after the decay.
+    lr = 0.1
+    moved = []
+    for name, weight in before.items():
+        moved.append((after[name] - weight * (1 - lr * 0.1)).abs().flatten())
+    moved = torch.cat(moved)
+    assert (moved - lr).abs().median() < 5e-5
+    assert (moved < lr + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "flag,value",
+    [
+        ("--max-new-tokens", 1),
+        ("--top-k", 500),
+        ("--budget", "1e-9"),
+        ("--batch-size", 1),
+        ("--micro-batch-size", 99),
+    ],
+)
+def test_degenerate_settings_run_without_nan(run, flag, value):
+    assert finite(run("out", flag, value, "--steps", 2))
+
+
+def test_responses_of_one_token_and_responses_that_never_end_are_no_problem(
+    run, tmp_path, capsys
+):
+    for name, ends, length in (("stops", list(range(V)), 1), ("never", None, 6)):
+        model = model_of("qwen3", seed=1)
+        model.config.eos_token_id = ends
+        model.generation_config.eos_token_id = ends
+        tokenizer = tokenizer_of(eos_token="<eos>" if ends else None)
+        path = put(tmp_path / name, model, tokenizer)
+        log = run(f"{name}-out", "--student", path, "--teacher", path)
+        assert finite(log)
+        for line in log:
+            assert line["mean_length"] == length
+            assert line["truncated"] == (0 if ends else 1)
+    warning = "warning: the student has no token that ends a response"
+    assert capsys.readouterr().err.count(warning) == 1  # of the second alone
+
+
+def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
+    run, tmp_path, monkeypatch
+):
+    calls = recorded_rollouts(monkeypatch)
+    lines = [json.dumps({"prompt": f"w{3 + i}"}) + "\n" for i in range(12)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    run("out", "--prompts", tmp_path / "p.jsonl")
+    before, *steps, after = ([ids for (ids,) in prompts] for prompts, _ in calls)
+    assert before == after == [11, 12, 13, 14]
+    assert sorted(steps[0] + steps[1]) == list(range(3, 11))
+    assert steps[2] == steps[0]
+    assert steps[0] + steps[1] != list(range(3, 11))  # shuffled
+
+
+def test_a_prompt_that_the_file_repeats_among_the_held_out_is_not_trained_on(
+    run, tmp_path, monkeypatch, capsys
+):
+    calls = recorded_rollouts(monkeypatch)
+    words = [3, 11, 4, 5, 14, 6, 11, 11, 12, 13, 14]  # the last four are held out
+    lines = [json.dumps({"prompt": f"w{word}"}) + "\n" for word in words]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    run("out", "--prompts", tmp_path / "p.jsonl")
+    assert "p.jsonl: 3 prompts are held out, too" in capsys.readouterr().err
+    before, *steps, _ = ([ids for (ids,) in prompts] for prompts, _ in calls)
+    assert before == [11, 12, 13, 14]
+    assert all(sorted(step) == [3, 4, 5, 6] for step in steps)
+
+
+def test_where_too_few_prompts_are_not_held_out_one_line_says_so(
+    run, tmp_path, capsys
+):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n' * 12)
+    with one_line(capsys, "p.jsonl: only 0 prompts are not held out"):
+        opd.run(run, "out", "--prompts", tmp_path / "p.jsonl")
+
+
+def test_a_resumed_run_continues_bit_for_bit(run, tmp_path):
+    whole = run("whole", "--steps", 5, "--save-every", 2)
+    save = tmp_path / "whole" / "step-2"
+    rest = run("rest", "--steps", 5, "--resume", save)
+    assert timeless(rest) == timeless(whole[2:])
+    assert same_weights(tmp_path / "whole" / "student", tmp_path / "rest" / "student")
+    without = run("other", "--steps", 5, "--student", save)
+    assert timeless(without)[:3] != timeless(rest)
+
+
+KILL = """
+import os, signal, sys, opd
+real, calls = opd.torch.save, []
+def save(state, path):
+    calls.append(path)
+    if len(calls) == 2:  # in the middle of the second save
+        open(path, "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(state, path)
+opd.torch.save = save
+opd.run(opd.main, opd.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_save_whole(
+    run, store, tmp_path
+):
+    killed = python(KILL, *flags(store, tmp_path / "out", "--save-every", 1))
+    assert killed.returncode == -signal.SIGKILL
+    saves = [path.name for path in (tmp_path / "out").glob("step-*")]
+    assert sorted(saves) == ["step-1", "step-2.partial"]
+    rest = run("rest", "--resume", tmp_path / "out" / "step-1")
+    assert [line["step"] for line in rest] == [1, 2]
+    assert not (tmp_path / "rest" / "student" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_a_full_disk_gives_one_line_and_keeps_the_earlier_save(
+    run, tmp_path, capsys, monkeypatch, library
+):
+    # Every library has its own exception for it.
+    module, name = (torch, "save") if library == "torch" else (opd, "save")
+    calls = []
+    if library == "torch":
+        real = torch.save
+        error = RuntimeError("PytorchStreamWriter failed writing file")
+    else:
+        real = transformers.PreTrainedModel.save_pretrained
+        error = safetensors.SafetensorError("No space left on device")
+
+    def full(*args, **more):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return real(*args, **more)
+
+    if library == "torch":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    says = f"step-2 could not be written.*{type(error).__name__}: {error}"
+    with one_line(capsys, says, status=1):
+        opd.run(run, "out", "--save-every", 1)
+    assert weights_of(tmp_path / "out" / "step-1")
+    assert not (tmp_path / "out" / "step-2").exists()
+
+
+def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
+    run, store, tmp_path, monkeypatch, capsys
+):
+    real = opd.rollout
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:  # one batch of evaluation, then two steps
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(opd, "rollout", interrupted)
+    student = tmp_path / "out" / "student"
+    with one_line(capsys, str(student), status=130):
+        opd.run(run, "out")
+    assert not same_weights(store / "qwen3-student", student)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(
+    run, tmp_path, capsys
+):
+    more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
+    with one_line(capsys, r"step \d+: loss.*--lr", status=1):
+        opd.run(run, "out", *more)
+    assert weights_of(tmp_path / "out" / "step-1")
+
+
+def test_a_second_run_never_touches_the_first(
+    run, store, tmp_path, capsys, monkeypatch
+):
+    run("out", "--steps", 1)
+    before = load_weights(tmp_path / "out" / "student")
+    with one_line(capsys, "--out .*is not empty"):
+        opd.run(run, "out", "--seed", 9)
+    assert torch.equal(before, load_weights(tmp_path / "out" / "student"))
+
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        args = opd.parse_args(flags(store, "x", "--steps", 1))
+        args.out = None
+        opd.main(args)
+    assert (tmp_path / "runs/opd-1/student").exists()
+    assert (tmp_path / "runs/opd-2/student").exists()
