@@ -716,6 +716,8 @@ def check_logits(model):
     rows = len(model.get_input_embeddings().weight)
     prompt = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
     padding = torch.zeros_like(prompt[:, :5])
+    own_config = model.generation_config  # its beams or stop strings must not matter
+    model.generation_config = transformers.GenerationConfig()
     attention = torch.cat([padding, torch.ones_like(prompt)], -1)
     generated = model.generate(
         torch.cat([padding, prompt], -1),
@@ -726,6 +728,7 @@ def check_logits(model):
         output_logits=True,
         return_dict_in_generate=True,
     )
+    model.generation_config = own_config
     drawn = torch.cat(generated.logits).float()  # [R, output rows]
     responses = generated.sequences[:, -len(drawn) :]  # [1, R]
     own = model(torch.cat([prompt, responses], -1)).logits[0]  # without padding
