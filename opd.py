@@ -697,7 +697,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     ends.add(tokenizer.eos_token_id)
-    return model, tokenizer, ends - {None}
+    return model, tokenizer, ends - {None, -1}  # some configs write -1 for none
 
 
 @torch.no_grad()
