@@ -280,6 +280,21 @@ def autocast():  # matrix products in bf16 on a GPU that can; no effect on a CPU
     return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings and no others."""
+    # What they leave unset, it would take from the checkpoint's own generation config
+    # (top_k=20, a repetition penalty, ...). So that one steps aside for a moment.
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter."""
@@ -309,17 +324,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         suppress_tokens=sorted(beyond) or None,
         remove_invalid_values=True,  # nan must not stop us here: `update` reports it
     )
-    # What `settings` leaves unset, generate() would take from the checkpoint's own
-    # generation config (top_k=20, a repetition penalty, ...). So that one steps aside.
-    own_config = pair.student.generation_config
-    pair.student.generation_config = settings
-    try:
-        with autocast():
-            ids = pair.student.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        pair.student.generation_config = own_config
+    ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, longest:]  # [B, R]
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
@@ -403,16 +408,18 @@ def chunks(pair, positions):  # -> slices of as many positions as fit
 
 @torch.no_grad()
 def at_valid_positions(pair, batch, micro_batch_size, measure_logits):  # -> {name: [N]}
-    """Call measure_logits(student_logits, teacher_logits) -> {name: [n]} on all."""
+    """Call measure_logits(student_logits, teacher_logits, tokens) -> {name: [n]}."""
     found = defaultdict(list)
     for part in split(batch, micro_batch_size):
         student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
         teacher_hidden = hidden_states(pair.teacher, part)[part.mask]
+        tokens = part.responses[part.mask]  # [n]
 
         for chunk in chunks(pair, len(student_hidden)):
             measured = measure_logits(
                 next_token_logits(pair, pair.student, student_hidden[chunk]),
                 next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
+                tokens[chunk],
             )
             for name, values in measured.items():
                 found[name].append(values)
@@ -420,8 +427,11 @@ def at_valid_positions(pair, batch, micro_batch_size, measure_logits):  # -> {na
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def measure(student_logits, teacher_logits, k):  # [n, V], [n, V] -> {name: [n]}
-    """What is measured at each position. Whatever you add here, the log shows, too."""
+def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+    """What is measured at n positions: [n, V] logits, [n] sampled tokens.
+
+    Whatever you add here, a selection rule can use, and the log shows its mean.
+    """
     return {
         "kl_all": reverse_kl(student_logits, teacher_logits),
         "entropy": entropy(student_logits),
@@ -433,8 +443,8 @@ def measure(student_logits, teacher_logits, k):  # [n, V], [n, V] -> {name: [n]}
 def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
     """`measure` at every valid position of the batch, without gradient; 0 elsewhere."""
 
-    def measure_logits(student_logits, teacher_logits):
-        return measure(student_logits, teacher_logits, k)
+    def measure_logits(student_logits, teacher_logits, tokens):
+        return measure(student_logits, teacher_logits, tokens, k)
 
     scores = {}
     measured = at_valid_positions(pair, batch, micro_batch_size, measure_logits)
@@ -604,7 +614,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     agree on the likeliest token, length in tokens, share cut off by the length limit.
     """
 
-    def measure_logits(student_logits, teacher_logits):
+    def measure_logits(student_logits, teacher_logits, tokens):
         same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
         return {
             "reverse_kl": reverse_kl(student_logits, teacher_logits),
@@ -716,19 +726,15 @@ def check_logits(model):
     rows = len(model.get_input_embeddings().weight)
     prompt = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
     padding = torch.zeros_like(prompt[:, :5])
-    own_config = model.generation_config  # its beams or stop strings must not matter
-    model.generation_config = transformers.GenerationConfig()
     attention = torch.cat([padding, torch.ones_like(prompt)], -1)
-    generated = model.generate(
-        torch.cat([padding, prompt], -1),
-        attention_mask=attention,
-        pad_token_id=0,
+    settings = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=8,
+        pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    model.generation_config = own_config
+    generated = generate(model, torch.cat([padding, prompt], -1), attention, settings)
     drawn = torch.cat(generated.logits).float()  # [R, output rows]
     responses = generated.sequences[:, -len(drawn) :]  # [1, R]
     own = model(torch.cat([prompt, responses], -1)).logits[0]  # without padding

@@ -1,0 +1,67 @@
+"""The README's figure: reverse KL over the training steps, and right answers.
+
+Five ways to select a tenth (or all) of the tokens of the embedded pair, five seeds each,
+from runs/evidence. Needs matplotlib. Writes .figures/curves.svg.
+
+    python .evidence/curves.py
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+RUNS = {  # label, folder's beginning, colour
+    "all tokens": ("full-1", "#000000"),
+    "teachability 10 %": ("teachability-0.1", "#0072b2"),
+    "random 10 %": ("random-0.1", "#999999"),
+    "entropy 10 %": ("entropy-0.1", "#009e73"),
+    "divergence 10 %": ("divergence-0.1", "#d55e00"),
+}
+SMOOTHED_OVER = 9  # steps
+
+plt.rcParams.update({"font.size": 11, "svg.hashsalt": "opd", "figure.facecolor": "w"})
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 1))
+
+for number, (label, (beginning, colour)) in enumerate(RUNS.items()):
+    curves = []
+    accuracies = []
+    for folder in sorted(Path("runs/evidence").glob(f"{beginning}-?")):
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        kl = np.array([json.loads(line)["kl_all"] for line in lines])
+        window = np.ones(SMOOTHED_OVER)
+        steps_in_window = np.convolve(np.ones(len(kl)), window, "same")
+        curves.append(np.convolve(kl, window, "same") / steps_in_window)
+        summary = json.loads((folder / "summary.json").read_text())
+        accuracies.append(summary["after"]["accuracy"])
+        before = summary["before"]["accuracy"]
+
+    curves = np.array(curves)
+    mean = curves.mean(0)
+    spread = curves.std(0, ddof=1)
+    steps = np.arange(len(mean))
+    left.plot(steps, mean, color=colour, label=label)
+    left.fill_between(
+        steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
+    )
+
+    right.bar(number, np.mean(accuracies), color=colour, alpha=0.35)
+    right.plot([number] * len(accuracies), accuracies, "o", color=colour, ms=4)
+
+left.set_yscale("log")
+left.set_xlabel("training step")
+left.set_ylabel("kl_all: mean KL(student || teacher), nats")
+left.legend(frameon=False, fontsize=10)
+right.axhline(before, color="black", lw=1, ls=":")
+right.text(4.45, before + 0.01, "before", ha="right", fontsize=10)
+right.set_xticks(range(len(RUNS)), [label.replace(" ", "\n", 1) for label in RUNS])
+right.tick_params(axis="x", labelsize=8)
+right.set_ylabel("right answers, of held-out problems")
+for axes in (left, right):
+    axes.spines[["top", "right"]].set_visible(False)
+figure.tight_layout()
+figure.savefig(".figures/curves.svg", metadata={"Date": None})
