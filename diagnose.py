@@ -1,377 +1,988 @@
 """The fixed-context diagnostic: which disagreement did the student really learn?
 
-  1. freeze     responses of the student before training, theta0: the contexts
-  2. before     score each of their positions with the teacher and theta0
-  3. theta1     train by opd.py's own loop, on all positions, or take a trained student (--after)
-  4. gains      score the same positions with theta1: how much nearer to the teacher is each?
-  5. report     which quantities of theta0 explain the gain G?
+opd.py trains on positions that it expects to teach much. Whether they do can be seen by
+looking at the same positions twice, before training (theta0) and after it (theta1):
 
-G is measured in three ways: as the fall of KL(teacher || student), the paper's, and of KL(student
-|| teacher), what training minimises, both in nats over the full vocabulary; and as the rise of the
-overlap, sum_v min(p(v), q(v)): by how much a sample would look more like the teacher's. Intervals
-are 95 % percentile cluster bootstraps over contexts, as the positions of one response are not
-independent. Arrays are numpy's, one entry per position (N). Source: arXiv 2605.26844.
+  1. freeze   the student before training writes responses: the contexts
+  2. before   at each position of them, compare the teacher with theta0
+  3. train    opd.train, on all positions, makes theta1 of theta0; or load_trained takes
+              a student that was trained earlier (--after)
+  4. gains    compare the teacher with theta1, at the same positions: how much nearer
+              to the teacher did the student come at each?
+  5. report   which quantities of theta0 foretell these gains?
+
+`python diagnose.py` does all five for the demo of opd.py; `--after runs/opd-1/student`
+spares the training. Its tables are printed; a page for the browser has more.
+
+The gain G of a position is above 0 where theta1 is nearer. It has three measures:
+
+  forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
+  reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
+  overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1]: by how much a token that
+              the student samples looks more like one of the teacher's
+
+Figures have 95 % intervals from a cluster bootstrap. It asks how different a figure
+might be, had other responses been sampled. Draw as many contexts as there are, with
+replacement, each with all its positions, and compute the figure anew. Repeat that 1,000
+times: the middle 95 % of the results are the interval. Whole contexts are drawn, since
+the positions of one response resemble each other. Drawn one by one they would count as
+independent evidence, and the interval would be too narrow.
+
+Notation as in opd.py: p is the student's next-token distribution, q the teacher's; H, D
+and C are entropy, divergence and compatibility; K is the number of top tokens that D
+and C look at. Shapes: V tokens in the vocabulary, N positions in all contexts together,
+n some of them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
-import argparse, html, json, math, sys
+
+import argparse
+import html
+import json
+import math
+import sys
+import textwrap
 from collections import Counter, defaultdict
-from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import opd
 
-REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
-BASELINE = ("H", "D", "H*D", "position", "H_teacher")
-MEASURES = ("forward_kl", "reverse_kl", "overlap")
+
+def main(args):
+    """The five steps. `scores` know theta0 alone; G and `later` know theta1, too."""
+    pair, training, held_out = opd.prepare(args)
+    trained = pair  # opd.train changes its student in place
+    if args.after:
+        trained = load_trained(pair, args)
+    out = opd.new_folder(args.out, "diagnosis")
+
+    prompts = []
+    for i in range(args.contexts):
+        example = held_out[i % len(held_out)]  # from the start again if too few
+        prompts.append(example["prompt"])
+
+    batches = freeze(pair, prompts, args)  # step 1
+    scores = before(pair, batches, args)  # step 2
+    if not args.after:
+        opd.train(pair, training, args, out)  # step 3
+    G, later = gains(trained, batches, scores, args)  # step 4
+
+    summary = describe(len(held_out), G, args)
+    report(pair, prompts, scores, G, later, summary, args, out)  # step 5
+
+
+# ======================================================================================
+# Steps 1 to 4: what is measured at the positions of the frozen contexts
+# ======================================================================================
+
+
+def freeze(pair, prompts, args):  # -> [opd.Rollout]
+    """Step 1: the student before training samples one response to each prompt."""
+    torch.manual_seed(args.seed)
+    batches = []
+    size = 4 * args.batch_size  # as in opd.evaluate
+    for start in tqdm(range(0, len(prompts), size), "sampling contexts", disable=None):
+        part = prompts[start : start + size]
+        batches.append(opd.rollout(pair, part, args.max_new_tokens))
+    return batches
+
 
 def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """sum_v min(p(v), q(v)), in [0, 1]: the share of probability that both models agree on."""
-    p, q = student_logits.float().softmax(-1), teacher_logits.float().softmax(-1)
+    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
+    p = student_logits.float().softmax(-1)
+    q = teacher_logits.float().softmax(-1)
     return torch.minimum(p, q).sum(-1)
 
-# ---- Steps 1 to 4: what is measured at the positions of the frozen contexts.
-def freeze(pair, held_out, args):  # -> rollouts of the student before training
-    torch.manual_seed(args.seed)
-    prompts = [held_out[i % len(held_out)][0] for i in range(args.contexts)]
-    starts = range(0, len(prompts), 4 * args.batch_size)  # as in opd.evaluate
-    return [opd.rollout(pair, prompts[i:i + 4 * args.batch_size], args.max_new_tokens)
-            for i in tqdm(starts, "sampling contexts", disable=None)]
 
-def score_contexts(pair, batches, args, function):  # -> one [N, ...] for each result
-    """function(student_logits, teacher_logits, tokens) at every valid position of the rollouts."""
-    results = [opd.measure(pair, batch, args.micro_batch_size, function)
-               for batch in tqdm(batches, "scoring contexts", disable=None)]
-    columns = (torch.cat(column).cpu().numpy() for column in zip(*results))
-    return [x.astype(float) if x.dtype == np.float32 else x for x in columns]
+def measure_distance(student_logits, teacher_logits):  # [n, V] twice -> {measure: [n]}
+    """How far the student is from the teacher: what G is the change of."""
+    return {
+        "forward_kl": opd.forward_kl(student_logits, teacher_logits),
+        "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
+        "overlap": overlap(student_logits, teacher_logits),
+    }
 
-def before(pair, batches, args):  # -> {name: [N]}, first choices of both models [N, 5] each
-    """All that explains, measured at theta0 alone; D and C for each support K."""
-    supports, best = args.supports, min(5, pair.width)
-    *values, mine, theirs = score_contexts(pair, batches, args, lambda p, q, y: (
-        opd.forward_kl(p, q), opd.reverse_kl(p, q), overlap(p, q), opd.entropy(p), opd.entropy(q),
-        *(f(p, q, k) for f in (opd.divergence, opd.compatibility) for k in supports),
-        y, p.topk(best).indices, q.topk(best).indices))
-    scores = dict(zip([*MEASURES, "H", "H_teacher", *(f"{z}{k}" for z in "DC" for k in supports),
-                       "id"], values))
-    lengths = torch.cat([batch.mask.sum(-1) for batch in batches]).tolist()
-    scores["context"] = np.repeat(np.arange(len(lengths)), lengths)
-    scores["position"] = np.concatenate([np.arange(n) / max(n - 1, 1) for n in lengths])
-    return scores, (mine, theirs)
 
-def gains(pair, batches, scores, args):  # -> {measure: [N]}, above 0 where theta1 is nearer
-    forward, reverse, common = score_contexts(pair, batches, args, lambda p, q, y: (
-        opd.forward_kl(p, q), opd.reverse_kl(p, q), overlap(p, q)))
-    return {"forward_kl": scores["forward_kl"] - forward,
-            "reverse_kl": scores["reverse_kl"] - reverse, "overlap": common - scores["overlap"]}
+def at_all_positions(pair, batches, args, measure_logits):  # -> {name: [N, ...]}
+    """Call measure_logits, as opd.at_valid_positions does, on all contexts.
 
-# ---- Statistics. weights [1 + draws, contexts] says how often each context counts.
-def features(scores, k):  # {name: [N]} raw, of theta0 -> {name: [N]}
-    """H, D and C normalised robustly over all positions, and what the paper makes of them."""
-    def tilde(values):
-        row = torch.tensor(values)[None]
-        return opd.robust_normalize(row, torch.ones_like(row) > 0)[0].double().numpy()
-    h, teacher, d, c = (tilde(scores[name]) for name in ("H", "H_teacher", f"D{k}", f"C{k}"))
-    f = {"H": h, "D": d, "C": c, "H*D": h * d, "D_learn": d * c, "D_incompat": d * (1 - c),
-         "TIP": 1 - (1 - h) * (1 - d), "position": scores["position"], "H_teacher": teacher}
-    for name in REGRESSORS + BASELINE:
-        if np.ptp(f[name]) < 1e-12:
-            opd.fail(f"{name} (K = {k}) is the same at all positions and makes the regression "
-                     "singular; use more contexts or longer responses")
-    return f
+    The N positions come context by context, each from left to right. That order is
+    always the same, so that arrays of theta0 and theta1 can be subtracted.
+    """
+    found = defaultdict(list)
+    for batch in tqdm(batches, "scoring contexts", disable=None):
+        measured = opd.at_valid_positions(
+            pair, batch, args.micro_batch_size, measure_logits
+        )
+        for name, values in measured.items():
+            if values.is_floating_point():
+                values = values.double()  # for long sums
+            found[name].append(values.cpu().numpy())
 
-def cluster_weights(contexts, draws, seed):  # -> [1 + draws, contexts]
-    """Row 0 is the sample itself; every other row resamples whole contexts with replacement."""
-    draw = np.random.default_rng(seed).multinomial(contexts, np.full(contexts, 1 / contexts), draws)
-    return np.vstack([np.ones(contexts), draw])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def token_places(batches):  # -> {"id", "context", "position": [N]}
+    """Each position's token and context, and where it stands there, from 0 to 1."""
+    ids = []
+    context = []
+    position = []
+    number = 0
+    for batch in batches:
+        for tokens, mask in zip(batch.responses, batch.mask):
+            response = tokens[mask].tolist()
+            last = max(len(response) - 1, 1)
+            for t, token in enumerate(response):
+                ids.append(token)
+                context.append(number)
+                position.append(t / last)
+            number += 1
+    return {
+        "id": np.array(ids),
+        "context": np.array(context),
+        "position": np.array(position),
+    }
+
+
+def before(pair, batches, args):  # -> {name: [N]}, and [N, 5] for the first choices
+    """Step 2: all that may explain the gains, measured at theta0 alone.
+
+    Distances and entropies in nats; D and C for each K, as "D16" and "C16"; the five
+    likeliest tokens of both models; and the results of `token_places`.
+    """
+    how_many = min(5, pair.vocab_size)
+
+    def measure_logits(student_logits, teacher_logits, tokens):
+        found = measure_distance(student_logits, teacher_logits)
+        found["H"] = opd.entropy(student_logits)
+        found["H_teacher"] = opd.entropy(teacher_logits)
+        for k in args.supports:
+            found[f"D{k}"] = opd.divergence(student_logits, teacher_logits, k)
+            found[f"C{k}"] = opd.compatibility(student_logits, teacher_logits, k)
+        found["student_choices"] = student_logits.topk(how_many).indices
+        found["teacher_choices"] = teacher_logits.topk(how_many).indices
+        return found
+
+    scores = at_all_positions(pair, batches, args, measure_logits)
+    scores.update(token_places(batches))
+    return scores
+
+
+def load_trained(pair, args):  # -> Pair with the student of --after
+    """Step 3 for a student trained earlier. ValueError if it does not fit --student."""
+    student, tokenizer, _ = opd.load_model(
+        "--after", args.after, torch.float32, args.device
+    )
+    shapes = [weight.shape for weight in student.parameters()]
+    expected = [weight.shape for weight in pair.student.parameters()]
+    if shapes != expected or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+        raise ValueError(
+            f"--after {args.after} has another tokenizer or other shapes than --student"
+        )
+    return pair._replace(student=student)
+
+
+def gains(trained, batches, scores, args):  # -> {measure: [N]}, {name: [N]}
+    """Step 4: G, and C once more, now of theta1 ("C16_after").
+
+    C of theta1 may explain nothing: it has seen the outcome. One table, `leak`, shows
+    what one would conclude with it.
+    """
+
+    def measure_logits(student_logits, teacher_logits, tokens):
+        found = measure_distance(student_logits, teacher_logits)
+        for k in args.supports:
+            compatibility = opd.compatibility(student_logits, teacher_logits, k)
+            found[f"C{k}_after"] = compatibility
+        return found
+
+    later = at_all_positions(trained, batches, args, measure_logits)
+    G = {
+        "forward_kl": scores["forward_kl"] - later.pop("forward_kl"),
+        "reverse_kl": scores["reverse_kl"] - later.pop("reverse_kl"),
+        "overlap": later.pop("overlap") - scores["overlap"],  # more of it is nearer
+    }
+    return G, later
+
+
+# ======================================================================================
+# Step 5, statistics in plain numpy. A figure is an array of 1 + draws values: that of
+# the sample itself, then one for each bootstrap draw.
+#
+# A thousand draws of all positions would be slow. But the figures are made of sums over
+# positions, so we sum within each context once. A draw is then a weighted sum of these,
+# and a context's weight is how often the draw contains it: weights @ sum_of_context.
+# ======================================================================================
+
+
+def cluster_weights(contexts, draws, seed):  # -> weights [1 + draws, contexts]
+    """How often each context counts. Row 0 is the sample itself: all count once.
+
+    In the other rows, draws with replacement, a context counts 0, 1, 2, ... times.
+    """
+    generator = np.random.default_rng(seed)
+    chances = np.full(contexts, 1 / contexts)
+    drawn = generator.multinomial(contexts, chances, size=draws)
+    return np.vstack([np.ones(contexts), drawn])
+
 
 def estimate(values):  # [1 + draws] -> {"value", "low", "high"}
-    """The sample's value, and the 2.5 % and 97.5 % quantiles of its bootstrap draws."""
+    """The sample's value and its 95 % interval. ValueError if there is no value."""
     if not np.isfinite(values[0]):
-        opd.fail("there are too few positions for the report's groups; use more --contexts")
+        raise ValueError(
+            "there are too few positions for the report's groups; use more --contexts"
+        )
+    # nan: by chance, a draw may contain no position of a group.
     low, high = np.nanquantile(values[1:], [0.025, 0.975])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
-def zscore(values):  # [N] -> [N] of mean 0 and variance 1; a constant becomes zeros
-    return (values - values.mean()) / max(values.std(), 1e-12)
 
-def ols(regressors, outcome, context, weights):  # [N] each -> slopes [1 + draws, p], R2 [1 + draws]
-    """Least squares with intercept for every row of weights, from moments summed by context."""
-    Z = np.column_stack([np.ones(len(outcome)), *map(zscore, regressors), zscore(outcome)])
-    moments = np.zeros((weights.shape[1], Z.shape[1], Z.shape[1]))
-    np.add.at(moments, context, Z[:, :, None] * Z[:, None, :])
-    moments = np.tensordot(weights, moments, 1)  # [1 + draws, p + 2, p + 2]
-    XX, Xy, yy = moments[:, :-1, :-1], moments[:, :-1, -1], moments[:, -1, -1]
-    beta = (np.linalg.pinv(XX, hermitian=True) @ Xy[:, :, None])[:, :, 0]
-    total, residual = yy - Xy[:, 0] ** 2 / XX[:, 0, 0], yy - (beta * Xy).sum(-1)
-    return beta[:, 1:], 1 - residual / np.where(total > 1e-12, total, np.inf)
+def group_mean(values, member, context, weights):  # [N], [N] bool -> [1 + draws]
+    """Mean of the members' values; nan in a draw that contains no member.
 
-def group_mean(outcome, member, context, weights):  # [N], [N] bool -> [1 + draws]
-    """Mean outcome of the members; nan in a draw that has none."""
-    sums, counts = (weights @ np.bincount(context, x, weights.shape[1])
-                    for x in (outcome * member, member))
+    `context` [N] is the number of each position's context.
+    """
+    sum_of_context = np.bincount(context, weights=values * member)  # [contexts]
+    count_of_context = np.bincount(context, weights=member)  # [contexts]
+    sums = weights @ sum_of_context  # [1 + draws]
+    counts = weights @ count_of_context  # [1 + draws]
     return sums / np.where(counts > 0, counts, np.nan)
 
-def quantile_group(values, groups):  # [N] -> [N] in 0 .. groups - 1, of equal size
-    order = np.argsort(values, kind="stable")
-    return np.argsort(order) * groups // len(values)
+
+def quantile_group(values, groups, inside):  # [N], [N] bool -> [N]
+    """The number of each position's group: 0 for the lowest values, and -1 if outside.
+
+    The positions inside are sorted and cut into groups of equal size.
+    """
+    members = np.flatnonzero(inside)
+    ascending = members[np.argsort(values[members], kind="stable")]
+    group = np.full(len(values), -1)
+    rank = np.arange(len(members))
+    group[ascending] = rank * groups // max(len(members), 1)
+    return group
+
+
+def zscore(values):  # [N] -> [N]
+    """Rescaled to mean 0 and variance 1; a constant becomes zeros."""
+    return (values - values.mean()) / max(values.std(), 1e-12)
+
+
+def least_squares(features, names, outcome, context, weights):
+    """Regress outcome [N] on features[name] [N], with an intercept.
+
+    All are z-scored first, so that slopes can be compared. Returns {name: slopes
+    [1 + draws]} and the sample's R2, a number. ValueError for a feature that is the
+    same everywhere; it says which.
+    """
+    columns = [np.ones(len(outcome))]  # the intercept
+    for name in names:
+        if np.ptp(features[name]) < 1e-12:
+            raise ValueError(
+                f"{name} is the same at all positions, so its share in the gain cannot "
+                "be found; use more contexts or longer responses"
+            )
+        columns.append(zscore(features[name]))
+    X = np.column_stack(columns)  # [N, 1 + names]
+    y = zscore(outcome)  # [N]
+
+    # The slopes solve (X'X) slopes = X'y. Both X'X and X'y are sums over positions, of
+    # products of two columns of X, or of a column and y. So these, too, are summed
+    # within each context first.
+    XX_of_context = []
+    Xy_of_context = []
+    for number in range(weights.shape[1]):
+        X_here = X[context == number]
+        y_here = y[context == number]
+        XX_of_context.append(X_here.T @ X_here)
+        Xy_of_context.append(X_here.T @ y_here)
+    XX_of_context = np.array(XX_of_context)  # [contexts, 1 + names, 1 + names]
+    Xy_of_context = np.array(Xy_of_context)  # [contexts, 1 + names]
+
+    solutions = []
+    for times in weights:  # how often each context counts in this draw
+        # Sums over contexts of times * XX_of_context, and of times * Xy_of_context.
+        XX = np.tensordot(times, XX_of_context, axes=1)
+        Xy = np.tensordot(times, Xy_of_context, axes=1)
+
+        # lstsq, not solve: in a draw of few contexts a regressor may be constant.
+        solution = np.linalg.lstsq(XX, Xy, rcond=None)[0]
+        solutions.append(solution)
+    solutions = np.array(solutions)  # [1 + draws, 1 + names]
+
+    slopes = {}
+    for i, name in enumerate(names, start=1):  # column 0 is the intercept
+        slopes[name] = solutions[:, i]
+    r2 = np.var(X @ solutions[0])  # explained variance, as y has variance 1
+    return slopes, float(r2)
+
+
+def mean_ranks(level, times):  # [N], [N] -> [N]
+    """Ranks in a draw that contains each position `times` times.
+
+    `level` is 0 at positions with the lowest value, 1 at those with the next, and so
+    on. Positions of one level share the mean of their ranks.
+    """
+    equals = np.bincount(level, weights=times)  # [levels] size of each level
+    last_rank = np.cumsum(equals)
+    mean_rank = last_rank - (equals - 1) / 2
+    return mean_rank[level]
+
+
+def correlation(x, y, times):  # [N], [N], [N] -> a number
+    """Pearson's correlation, with each position counted `times` times."""
+    x = x - np.average(x, weights=times)
+    y = y - np.average(y, weights=times)
+    covariance = (times * x * y).sum()
+    scale = math.sqrt((times * x * x).sum() * (times * y * y).sum())
+    return covariance / max(scale, 1e-12)
+
 
 def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
-    """Rank correlation of the resampled positions, with mean ranks for ties."""
-    def ranks(place, w):  # place: which distinct value; w: how often each position counts
-        tied = np.bincount(place, w)
-        return (np.cumsum(tied) - (tied - 1) / 2)[place]
-    def correlate(w):
-        a, b = (ranks(place, w) for place in places)
-        a, b = a - np.average(a, weights=w), b - np.average(b, weights=w)
-        return (w * a * b).sum() / max(math.sqrt((w * a * a).sum() * (w * b * b).sum()), 1e-12)
-    places = [np.unique(z, return_inverse=True)[1] for z in (x, y)]
-    return np.array([correlate(row[context]) for row in weights])
+    """Rank correlation: 1 if both order the positions in the same way."""
+    # Ranks are no sums. But the values need to be sorted only once, for all draws.
+    _, level_x = np.unique(x, return_inverse=True)
+    _, level_y = np.unique(y, return_inverse=True)
 
-def kept_by(method, scores, k, share, seed):  # -> [N] bool
-    """What `method` would keep: the same count for all, with no extra position per response."""
-    H, D, C = (torch.tensor(scores[name])[None] for name in ("H", f"D{k}", f"C{k}"))
-    ranks = opd.position_scores(method, H, D, C, torch.ones_like(H) > 0,
-                                torch.Generator().manual_seed(seed))[0]
-    best = ranks.sort(descending=True, stable=True).indices
-    kept = np.zeros(len(best), bool)
-    kept[best[:len(best) if method == "full" else math.ceil(share * len(best))]] = True
-    return kept
+    correlations = []
+    for times_of_context in weights:
+        times = times_of_context[context]  # [N], the same for all of a context
+        ranks_x = mean_ranks(level_x, times)
+        ranks_y = mean_ranks(level_y, times)
+        correlations.append(correlation(ranks_x, ranks_y, times))
+    return np.array(correlations)
 
-# ---- Step 5: the report, a list of tables (title, how to read it, columns, {label: cells}). A cell
-# is an estimate or a text. They are shown in the terminal and as a page.
-def decomposition(scores, G, supports, weights):  # -> a table
-    rows, context = {}, scores["context"]
+
+# ======================================================================================
+# Step 5, analysis. Each function returns the rows of a table, {label: {column: cell}}.
+# A cell is an estimate, a number or a text.
+# ======================================================================================
+
+REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
+UNSPLIT = ("H", "D", "H*D", "position", "H_teacher")  # the baseline: D as a whole
+
+
+def normalize(values):  # [N] -> [N] in [0, 1]
+    """opd.robust_normalize over all positions of all contexts."""
+    row = torch.tensor(values)[None]  # [1, N]
+    everywhere = torch.ones_like(row, dtype=torch.bool)
+    return opd.robust_normalize(row, everywhere)[0].double().numpy()
+
+
+def make_features(scores, k):  # {name: [N]} -> {name: [N]}
+    """What may explain G: scores, normalised to [0, 1], and what is made of them."""
+    h = normalize(scores["H"])
+    d = normalize(scores[f"D{k}"])
+    c = normalize(scores[f"C{k}"])
+    return {
+        "H": h,
+        "D": d,
+        "C": c,
+        "H*D": h * d,  # their interaction
+        "D_learn": d * c,  # the teacher reweights tokens that the student considers
+        "D_incompat": d * (1 - c),  # it wants other tokens; the two add up to D
+        "TIP": 1 - (1 - h) * (1 - d),  # soft OR of H and D, as in opd.rank
+        "position": scores["position"],
+        "H_teacher": normalize(scores["H_teacher"]),
+    }
+
+
+def with_relative(G, scores):  # {measure: [N]} -> the same, and "relative": [N]
+    """A fourth measure, from the paper's code: which share of the forward KL is gone.
+
+    Where it had been tiny, this share may be hugely negative; so it is clipped at its
+    1 % and 99 % quantiles.
+    """
     ratio = G["forward_kl"] / (scores["forward_kl"] + 1e-12)
-    ratio = np.clip(ratio, *np.quantile(ratio, [0.01, 0.99]))  # winsorised: its left tail is heavy
-    for name, outcome in (G | {"forward_kl, relative": ratio}).items():
-        for k in supports:
-            f = features(scores, k)
-            slopes, r2 = ols([f[x] for x in REGRESSORS], outcome, context, weights)
-            _, baseline = ols([f[x] for x in BASELINE], outcome, context, weights)
-            learn, incompat = slopes[:, 1], slopes[:, 2]
-            rows[f"{name}, K={k}"] = [*map(estimate, (learn, incompat, learn - incompat)),
-                                      f"{r2[0]:.3f}", f"{baseline[0]:.3f}"]
-    return ("What explains G?", "Standard deviations that G rises with one more of each; gap above "
-            "0: learnable disagreement is learned more. The paper, forward KL: D_learn 0.086 to "
-            "0.087, D_incompat 0.043 to 0.045. R2, and R2 with D and H*D in their place.",
-            ["D_learn", "D_incompat", "gap", "R2", "with D, H*D"], rows)
+    low, high = np.quantile(ratio, [0.01, 0.99])
+    return {**G, "relative": np.clip(ratio, low, high)}
 
-def inside_q3(scores, mean, supports, top_k):  # -> a table
+
+def decomposition(scores, G, supports, weights):  # -> rows
+    """Which part of the disagreement goes with G, learnable or incompatible?"""
+    context = scores["context"]
+    rows = {}
+    for name, outcome in with_relative(G, scores).items():
+        for k in supports:
+            features = make_features(scores, k)
+            slopes, r2 = least_squares(features, REGRESSORS, outcome, context, weights)
+            sample = weights[:1]  # no draws, as R2 gets no interval
+            _, unsplit_r2 = least_squares(features, UNSPLIT, outcome, context, sample)
+            rows[f"{name}, K={k}"] = {
+                "D_learn": estimate(slopes["D_learn"]),
+                "D_incompat": estimate(slopes["D_incompat"]),
+                "gap": estimate(slopes["D_learn"] - slopes["D_incompat"]),
+                "R2": r2,
+                "R2, D": unsplit_r2,
+            }
+    return rows
+
+
+def is_in_q3(features):  # {name: [N]} -> [N] bool
+    """The paper's quadrant Q3, low H and high D: sure, and yet in disagreement."""
+    is_sure = features["H"] <= np.median(features["H"])
+    disagrees = features["D"] >= np.median(features["D"])
+    return is_sure & disagrees
+
+
+def q3_contrast(features, outcome, context, weights):  # -> [1 + draws]
+    """Mean outcome of the most compatible third of Q3, less that of the least."""
+    third = quantile_group(features["C"], 3, is_in_q3(features))
+    top = group_mean(outcome, third == 2, context, weights)
+    bottom = group_mean(outcome, third == 0, context, weights)
+    return top - bottom
+
+
+def inside_q3(scores, G, supports, top_k, weights):  # -> rows
+    """Mean G by compatibility, and by either part of the disagreement, inside Q3."""
+    context = scores["context"]
     rows = {}
     for k in supports:
-        f = features(scores, k)
-        q3 = np.flatnonzero((f["H"] <= np.median(f["H"])) & (f["D"] >= np.median(f["D"])))
-        def group(name, groups, which):  # [N]: 1 in that group of Q3 by `name`, else 0
-            member = np.zeros(len(f["H"]))
-            member[q3[quantile_group(f[name][q3], groups) == which]] = 1
-            return member
-        rows[f"K={k} top - bottom third of C"] = mean(group("C", 3, 2), group("C", 3, 0))
-        if k == top_k:
-            rows |= {f"K={k} {name} quartile {i + 1}": mean(group(name, 4, i))
-                     for name in ("D_learn", "D_incompat") for i in range(4)}
-    return ("Sure, and yet in disagreement (H below, D above the median)", "Mean G; top - bottom "
-            "above 0: the more compatible positions gain more.", MEASURES, rows)
+        features = make_features(scores, k)
+        rows[f"top - bottom third of C, K={k}"] = {
+            name: estimate(q3_contrast(features, gain, context, weights))
+            for name, gain in G.items()
+        }
 
-def tables(scores, G, args, decode):
-    """All of the report: G explained, inside Q3, ranked, by matched budgets; what is kept."""
+    features = make_features(scores, top_k)
+    for part in ("D_learn", "D_incompat"):
+        quarter = quantile_group(features[part], 4, is_in_q3(features))
+        for i in range(4):
+            rows[f"{part}, quarter {i + 1}, K={top_k}"] = {
+                name: estimate(group_mean(gain, quarter == i, context, weights))
+                for name, gain in G.items()
+            }
+    return rows
+
+
+def leak(scores, later, G, supports, weights):  # -> rows
+    """Two of the figures above, with C of theta0 and, wrongly, with C of theta1.
+
+    All else is of theta0 both times. H and D, and so Q3, do not change.
+    """
+    context = scores["context"]
+    outcomes = with_relative(G, scores)
+    rows = {}
+    for k in supports:
+        leaky_scores = {**scores, f"C{k}": later[f"C{k}_after"]}
+        features_when_c = {
+            "before": make_features(scores, k),
+            "after": make_features(leaky_scores, k),
+        }
+        for name, outcome in outcomes.items():
+            for when, features in features_when_c.items():
+                fit = least_squares(features, REGRESSORS, outcome, context, weights)
+                slopes = fit[0]
+                gap = slopes["D_learn"] - slopes["D_incompat"]
+                contrast = q3_contrast(features, outcome, context, weights)
+                rows[f"{name}, C {when}, K={k}"] = {
+                    "gap": estimate(gap),
+                    "Q3, top - bottom third of C": estimate(contrast),
+                }
+    return rows
+
+
+def rank_correlations(scores, G, top_k, weights):  # -> rows
+    """What orders the positions as their gains do?"""
+    features = make_features(scores, top_k)
+    rows = {}
+    for order in ("D", "D_learn", "D_incompat", "H", "TIP"):
+        rows[order] = {}
+        for name, gain in G.items():
+            draws = spearman(features[order], gain, scores["context"], weights)
+            rows[order][name] = estimate(draws)
+    return rows
+
+
+def kept_by(method, scores, k, budget, seed):  # -> [N] bool
+    """What `method` would keep of all contexts, as opd.py does it in a batch.
+
+    Here all contexts stand in one row, as if they were one response. So opd.select adds
+    no position for a response that has none, and the count is the same for all methods.
+    """
+    raw = {
+        "entropy": torch.tensor(scores["H"])[None],  # [1, N]
+        "divergence": torch.tensor(scores[f"D{k}"])[None],
+        "compatibility": torch.tensor(scores[f"C{k}"])[None],
+    }
+    mask = torch.ones_like(raw["entropy"], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)  # for "random"
+    ranks = opd.rank(method, raw, mask, generator)
+    if method == "full":
+        budget = 1
+    return opd.select(ranks, mask, budget)[0].numpy()
+
+
+def matched_budgets(scores, G, top_k, seed, weights):  # -> rows
+    """Mean G of what each method would keep, at the same count for all (Table 8)."""
+    choices = [("full", 1)]
+    for budget in (0.03, 0.05, 0.1):
+        for method in opd.METHODS:
+            if method != "full":
+                choices.append((method, budget))
+
+    rows = {}
+    for method, budget in choices:
+        kept = kept_by(method, scores, top_k, budget, seed)
+        rows[f"{budget:.0%} {method}"] = {
+            name: estimate(group_mean(gain, kept, scores["context"], weights))
+            for name, gain in G.items()
+        }
+    return rows
+
+
+def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows
+    """The five tokens that each method keeps most often, with their share."""
+    rows = {}
+    for method in opd.METHODS:
+        ids = scores["id"][kept_by(method, scores, top_k, budget, seed)]
+        texts = []
+        for token, count in Counter(ids.tolist()).most_common(5):
+            texts.append(f"{decode(token)!r} {count / len(ids):.0%}")
+        rows[method] = {"tokens": ", ".join(texts)}
+    return rows
+
+
+# ======================================================================================
+# Step 5, wording: the same tables for the files, the terminal and the page
+# ======================================================================================
+
+
+def make_table(title, reading, rows):  # -> one table of report.json
+    """`reading` says how to read it. All rows have the columns of the first."""
+    first_row = next(iter(rows.values()))
+    return {
+        "title": title,
+        "reading": reading,
+        "columns": list(first_row),
+        "rows": {label: list(row.values()) for label, row in rows.items()},
+    }
+
+
+def all_tables(scores, G, later, args, decode):  # -> a list of tables
+    """Everything that the report says in numbers, and how to read it."""
     weights = cluster_weights(args.contexts, args.bootstrap, args.seed)
-    context, K, f = scores["context"], args.top_k, features(scores, args.top_k)
-    def mean(member, other=None):  # mean G of the members, less that of the others
-        draws = ([group_mean(g, m, context, weights) for m in (member, other) if m is not None]
-                 for g in G.values())
-        return [estimate(values[0] - sum(values[1:])) for values in draws]
-    keep = lambda method, share: kept_by(method, scores, K, share, args.seed)
-    kept = {method: scores["id"][keep(method, args.budget)].tolist() for method in opd.METHODS}
     return [
-        decomposition(scores, G, args.supports, weights),
-        inside_q3(scores, mean, args.supports, K),
-        ("Rank correlation with G (Spearman)", "What orders positions by their gain? D is the raw "
-         "disagreement.", MEASURES, {
-             name: [estimate(spearman(f[name], g, context, weights)) for g in G.values()]
-             for name in ("D", "D_learn", "D_incompat", "H", "TIP")}),
-        ("Mean G of the positions that each method would keep", "At the same count for all.",
-         MEASURES, {"100% full": mean(keep("full", 1))} | {
-             f"{share:.0%} {method}": mean(keep(method, share))
-             for share in (0.03, 0.05, 0.1) for method in opd.METHODS[1:]}),
-        (f"What each method keeps at {args.budget:.0%}", "Its most frequent tokens, and their "
-         "share.", ["tokens"], {method: [", ".join(
-             f"{decode(token)!r} {count / len(ids):.0%}"
-             for token, count in Counter(ids).most_common(5))] for method, ids in kept.items()})]
+        make_table(
+            "What explains G?",
+            "By how many standard deviations G rises with one more of each. Gap > 0: "
+            "learnable disagreement is learned more. The paper, forward_kl: .086 to "
+            ".087, .043 to .045. R2: share of G explained; R2, D: with D unsplit.",
+            decomposition(scores, G, args.supports, weights),
+        ),
+        make_table(
+            "If C were measured after training",
+            "C before: as in the tables above and below. C after is a leak: what was "
+            "learned stands in the trained student's top K by then, so C knows already "
+            "what it is asked to foretell. Only C before can choose positions.",
+            leak(scores, later, G, args.supports, weights),
+        ),
+        make_table(
+            "Sure, yet in disagreement (Q3)",
+            "Mean G of positions with H at most, D at least its median. Top - bottom "
+            "> 0: where the teacher's advice is more compatible, more is gained.",
+            inside_q3(scores, G, args.supports, args.top_k, weights),
+        ),
+        make_table(
+            "Rank correlation with G",
+            "Spearman's: 1 if ordered by gain, 0 if unrelated. D is raw disagreement.",
+            rank_correlations(scores, G, args.top_k, weights),
+        ),
+        make_table(
+            "Mean G of what is kept",
+            "Of the positions that each method would keep, equally many for each.",
+            matched_budgets(scores, G, args.top_k, args.seed, weights),
+        ),
+        make_table(
+            f"What each method keeps at {args.budget:.0%}",
+            "Its most frequent tokens, and their share.",
+            kept_tokens(scores, args.top_k, args.budget, args.seed, decode),
+        ),
+    ]
 
-def as_text(tables):
-    for title, reading, columns, rows in tables:
-        yield f"\n{title}\n{reading}"
-        for label, cells in {"": columns, **rows}.items():
-            texts = [cell if isinstance(cell, str) else "{value:+.3f} [{low:+.2f}, {high:+.2f}]"
-                     .format(**cell) for cell in cells]
-            yield f"  {label:24}" + "".join(map("{:>24}".format, texts[:3])) + "  ".join(
-                ["", *texts[3:]])
+
+def describe(held_out, G, args):  # number of held-out prompts -> a sentence
+    positions = len(G["forward_kl"])
+    text = f"{args.contexts} contexts, {positions} positions. "
+    text += f"{held_out} held-out prompts"
+    if held_out < args.contexts:
+        text += ", some repeated"
+    if not G["forward_kl"].any():
+        text += "; G is 0 everywhere: this student has not changed"
+    return text + "."
+
+
+def cell_text(cell):
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, float):
+        return f"{cell:.3f}"
+    return f"{cell['value']:+.3f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
+
+
+def is_for_page_only(label, top_k):  # the label of a row
+    has_other_k = "K=" in label and not label.endswith(f"K={top_k}")
+    has_other_budget = label.startswith(("3%", "5%"))
+    is_quarter = "quarter" in label
+    return has_other_k or has_other_budget or is_quarter
+
+
+def as_text(table, top_k):  # -> its main rows, for a terminal of 100 columns
+    grid = [[table["title"], *table["columns"]]]
+    for label, cells in table["rows"].items():
+        if not is_for_page_only(label, top_k):
+            texts = [cell_text(cell) for cell in cells]
+            grid.append([label, *texts])
+
+    widths = []
+    for column in range(len(grid[0])):
+        widths.append(max(len(row[column]) for row in grid))
+
+    lines = []
+    for row in grid:
+        line = row[0].ljust(widths[0])
+        for text, width in zip(row[1:], widths[1:]):
+            line += "  " + text.rjust(width)
+        lines.append(line)
+    reading = textwrap.fill(
+        table["reading"], 98, initial_indent="> ", subsequent_indent="> "
+    )
+    return "\n".join([*lines, reading])
+
+
+def position_lines(scores, G, later, decode):  # -> the text of positions.jsonl
+    columns = {}
+    for name, values in scores.items():
+        if values.ndim == 1:  # the first choices [N, 5] are for the page alone
+            columns[name] = values
+    for name, gain in G.items():
+        columns[f"gain_{name}"] = gain
+    columns.update(later)
+
+    lines = []
+    for i, token in enumerate(scores["id"].tolist()):
+        line = {"token": decode(token)}
+        for name, values in columns.items():
+            line[name] = values[i].item()
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def report(pair, prompts, scores, G, later, summary, args, out):
+    """Step 5: write the files, then print, so that a broken terminal harms nothing."""
+    # First what took long to measure: a table may fail, as with too few positions.
+    decode = pair.tokenizer.decode
+    positions = position_lines(scores, G, later, decode)
+    opd.write_file(out / "positions.jsonl", positions)
+
+    tables = all_tables(scores, G, later, args, decode)
+    content = {
+        "summary": summary,
+        "tables": tables,
+        "args": vars(args),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": opd.transformers.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    opd.write_file(out / "report.json", json.dumps(content))
+
+    responses = token_map(prompts, scores, G, args.top_k, decode)
+    opd.write_file(out / "report.html", as_page(tables, summary, responses))
+
+    print(summary)
+    for table in tables[:-1]:  # the last one, of tokens, is for the page alone
+        print()
+        print(as_text(table, args.top_k))
+    print()
+    print(f"report.html, report.json and positions.jsonl are in {out}")
+    print("The page has more: other K and budgets, Q3 by quarters, tokens kept, a map.")
+
+
+# ======================================================================================
+# Step 5, the page: one file, no script, nothing loaded from elsewhere
+# ======================================================================================
+
+MAP_CONTEXTS = 12  # so many responses stand in the token map
 
 STYLE = """
-:root{--ink:#1a1a1a;--paper:#fff;--faint:#707070;--line:#ddd;--learn:0,114,178;--other:213,94,0}
-@media(prefers-color-scheme:dark){:root{--ink:#eee;--paper:#161616;--faint:#999;--line:#333}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
-margin:auto;padding:1rem 1rem 9rem}.faint{color:var(--faint)}.n{text-align:right}
-table{display:block;overflow-x:auto;border-collapse:collapse;font-size:.9rem}
-td{border-top:1px solid var(--line);padding:.15rem .4rem;white-space:nowrap}
-svg{width:clamp(4rem,20vw,14rem);height:1.1rem}rect{fill:rgb(var(--learn))}line{stroke:var(--ink);
-stroke-width:1.5;vector-effect:non-scaling-stroke}.map{font:15px/1.9 ui-monospace,monospace;
-overflow-wrap:anywhere;border-top:1px solid var(--line)}.t{--l:rgba(var(--learn),var(--a));
---o:rgba(var(--other),var(--b));white-space:pre-wrap;background:linear-gradient(var(--l),
-var(--l)),linear-gradient(var(--o),var(--o))}.t:hover,.t:focus{outline:2px solid var(--ink)}
-.t:hover::after,.t:focus::after{content:attr(data-tip);position:fixed;left:0;right:0;bottom:0;
-padding:.7rem 1rem;background:var(--ink);color:var(--paper);font-size:.85rem;line-height:1.4}
+/* Colours. Blue and orange differ for colour-blind readers, too. */
+:root {
+  --ink: #1a1a1a;
+  --paper: #ffffff;
+  --faint: #707070;
+  --line: #dddddd;
+  --learnable: 0, 114, 178;
+  --incompatible: 213, 94, 0;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #eeeeee;
+    --paper: #161616;
+    --faint: #999999;
+    --line: #333333;
+  }
+}
+
+/* Text. The room at the end is for the box of the last token. */
+body {
+  max-width: 72rem;
+  margin: auto;
+  padding: 1rem 1rem 9rem;
+  font: 16px/1.5 system-ui, sans-serif;
+  color: var(--ink);
+  background: var(--paper);
+}
+p {
+  max-width: 60rem;
+}
+.faint {
+  color: var(--faint);
+}
+
+/* Tables. A narrow screen scrolls the table, not the page. */
+table {
+  display: block;
+  overflow-x: auto;
+  border-collapse: collapse;
+  font-size: 0.9rem;
+}
+th,
+td {
+  padding: 0.15rem 0.4rem;
+  border-top: 1px solid var(--line);
+  font-weight: normal;
+  text-align: left;
+  white-space: nowrap;
+}
+th {
+  color: var(--faint);
+}
+
+/* Bars. The drawing is stretched to its width, its lines are not. */
+svg {
+  width: 6rem;
+  height: 1.1rem;
+  vertical-align: middle;
+}
+rect {
+  fill: rgb(var(--learnable));
+}
+line {
+  stroke: var(--ink);
+  stroke-width: 1.5;
+  vector-effect: non-scaling-stroke;
+}
+
+/* The token map. Each token brings how strong its two colours are. */
+.map {
+  padding-top: 0.5rem;
+  border-top: 1px solid var(--line);
+  font: 15px/1.9 ui-monospace, monospace;
+  overflow-wrap: anywhere;
+}
+.token {
+  --blue: rgba(var(--learnable), var(--learn));
+  --orange: rgba(var(--incompatible), var(--incompat));
+  white-space: pre-wrap;
+  background:
+    linear-gradient(var(--blue), var(--blue)),
+    linear-gradient(var(--orange), var(--orange));
+}
+.token:hover,
+.token:focus {
+  outline: 2px solid var(--ink);
+}
+
+/* The box at the bottom: what pointing at a token shows. */
+.token:hover::after,
+.token:focus::after {
+  content: attr(data-tip);
+  position: fixed;
+  bottom: 0;
+  left: 0;
+  right: 0;
+  padding: 0.7rem 1rem;
+  color: var(--paper);
+  background: var(--ink);
+  font-size: 0.85rem;
+  line-height: 1.4;
+}
 """
 
-def visible(text):  # escaped, as a token may spell anything; spaces and newlines can be seen
+
+def visible(text):
+    """Escaped, as a token may spell anything; with signs for spaces and line ends."""
     return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n")
 
-def token_map(contexts):  # [(prompt, [(token, D_learn, D_incompat, what pointing at it shows)])]
-    def span(token, learn, incompat, tip):
-        return (f'<span class="t" tabindex="0" style="--a:{learn:.2f};--b:{incompat:.2f}" '
-                f'data-tip="{html.escape(tip)}">{visible(token)}</span>')
-    return "".join(f'<p class="map"><span class="faint">{visible(prompt)}</span><wbr>'
-                   + "<wbr>".join(span(*token) for token in tokens) for prompt, tokens in contexts)
 
-def bar(cell, low, width):  # an estimate on the scale of its column, with whiskers
-    zero, value, left, right = (
-        100 * (x - low) / width for x in (0, cell["value"], cell["low"], cell["high"]))
-    return (f'<td><svg viewBox="0 0 100 10" preserveAspectRatio="none"><rect y="2" height="6" '
-            f'x="{min(zero, value):.2f}" width="{abs(value - zero):.2f}"/><line y1="5" y2="5" '
-            f'x1="{left:.2f}" x2="{right:.2f}"/><line x1="{zero:.2f}" x2="{zero:.2f}" y1="0" '
-            f'y2="10"/></svg> {cell["value"]:+.3f} <span class="faint">{cell["low"]:+.3f} to '
-            f'{cell["high"]:+.3f}</span>')
+def token_span(token, learn, incompat, tip):  # text, [0, 1], [0, 1], text -> HTML
+    style = f"--learn:{learn:.2f};--incompat:{incompat:.2f}"
+    return (
+        f'<span class="token" tabindex="0" style="{style}" '
+        f'data-tip="{html.escape(tip)}">{visible(token)}</span>'
+    )
 
-def as_page(tables, summary, contexts):
-    """One self-contained page: no script, and nothing is loaded from elsewhere."""
-    parts = []
-    for title, reading, columns, rows in tables:
-        shown = []
-        for column in zip(*rows.values()):
-            ends = [0] + [c[end] for c in column if isinstance(c, dict) for end in ("low", "high")]
-            scale = min(ends), max(max(ends) - min(ends), 1e-9)
-            shown.append([bar(c, *scale) if isinstance(c, dict) else f"<td>{html.escape(c)}"
-                          for c in column])
-        parts += [f"<h2>{html.escape(title)}</h2><p>{html.escape(reading)}<table><tr><td>",
-                  *(f"<td>{html.escape(name)}" for name in columns),
-                  *(f"<tr><td>{html.escape(label)}{''.join(cells)}"
-                    for label, cells in zip(rows, zip(*shown))), "</table>"]
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What was learned?</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+
+def tooltip(i, scores, G, top_k, decode):  # -> text about position i
+    token = decode(scores["id"][i].item())
+    h = scores["H"][i]
+    d = scores[f"D{top_k}"][i]
+    c = scores[f"C{top_k}"][i]
+    gain_texts = [f"{name} {gain[i]:+.3f}" for name, gain in G.items()]
+    numbers = f"H {h:.2f}   D {d:.2f}   C {c:.2f}   G {', '.join(gain_texts)}"
+    lines = [f"{token!r}   {numbers}"]
+    for who in ("student", "teacher"):
+        choices = scores[f"{who}_choices"][i].tolist()
+        tokens = [repr(decode(choice)) for choice in choices]
+        lines.append(f"{who}: {'  '.join(tokens)}")
+    return "\n".join(lines)
+
+
+def token_map(prompts, scores, G, top_k, decode):  # -> HTML
+    """The first contexts, token by token: blue for D_learn, orange for D_incompat."""
+    features = make_features(scores, top_k)
+    paragraphs = []
+    for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
+        spans = [f'<span class="faint">{visible(decode(prompt))}</span>']
+        for i in np.flatnonzero(scores["context"] == number):
+            token = decode(scores["id"][i].item())
+            learn = features["D_learn"][i]
+            incompat = features["D_incompat"][i]
+            tip = tooltip(i, scores, G, top_k, decode)
+            spans.append(token_span(token, learn, incompat, tip))
+        paragraphs.append('<p class="map">' + "<wbr>".join(spans) + "</p>")
+    return "\n".join(paragraphs)
+
+
+def bar(cell, low, high):  # an estimate, the ends of its column's scale -> HTML
+    """A bar from 0 to the value, a whisker over the interval, and the numbers."""
+
+    def place(number):  # on a drawing 100 wide
+        return 100 * (number - low) / max(high - low, 1e-9)
+
+    zero = place(0)
+    value = place(cell["value"])
+    start = min(zero, value)
+    length = abs(value - zero)
+    left = place(cell["low"])
+    right = place(cell["high"])
+    return (
+        '<svg viewBox="0 0 100 10" preserveAspectRatio="none">'
+        f'<rect x="{start:.2f}" y="2" width="{length:.2f}" height="6"/>'
+        f'<line x1="{left:.2f}" y1="5" x2="{right:.2f}" y2="5"/>'
+        f'<line x1="{zero:.2f}" y1="0" x2="{zero:.2f}" y2="10"/>'
+        f"</svg> {cell['value']:+.3f} "
+        f'<span class="faint">{cell["low"]:+.3f} to {cell["high"]:+.3f}</span>'
+    )
+
+
+def table_html(table):  # a table of report.json -> HTML
+    # All bars of a column have one scale, with 0 in it.
+    scales = []
+    for column in range(len(table["columns"])):
+        ends = [0]
+        for cells in table["rows"].values():
+            if isinstance(cells[column], dict):
+                ends += [cells[column]["low"], cells[column]["high"]]
+        scales.append((min(ends), max(ends)))
+
+    lines = [
+        f"<h2>{html.escape(table['title'])}</h2>",
+        f"<p>{html.escape(table['reading'])}</p>",
+        "<table>",
+    ]
+    head = "<th></th>"
+    for name in table["columns"]:
+        head += f"<th>{html.escape(name)}</th>"
+    lines.append(f"<tr>{head}</tr>")
+
+    for label, cells in table["rows"].items():
+        row = f"<td>{html.escape(label)}</td>"
+        for cell, (low, high) in zip(cells, scales):
+            if isinstance(cell, dict):
+                row += f"<td>{bar(cell, low, high)}</td>"
+            else:
+                row += f"<td>{html.escape(cell_text(cell))}</td>"
+        lines.append(f"<tr>{row}</tr>")
+    lines.append("</table>\n")
+    return "\n".join(lines)
+
+
+def as_page(tables, summary, responses):  # -> HTML; `responses` is the token map's
+    legend = [
+        token_span("learnable", 0.9, 0, "D_learn = D * C"),
+        token_span("incompatible", 0, 0.9, "D_incompat = D * (1 - C)"),
+        token_span("some of both", 0.4, 0.4, "D = D_learn + D_incompat"),
+    ]
+    numbers = [table_html(table) for table in tables]
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What was learned?</title>
+<style>{STYLE}</style>
+
 <h1>Which disagreement was learned?</h1>
-<p>A student wrote these responses; its teacher disagrees at many of their tokens. <b>Learnable</b>
-disagreement reweights tokens that the student already considers; <b>incompatible</b> disagreement
-wants tokens that it does not. G is how much nearer to the teacher a position came through training:
-the fall of KL(teacher || student) or KL(student || teacher) in nats, or the rise of the overlap of
-both distributions. {html.escape(summary)} Whiskers: 95 % cluster bootstrap over contexts.
-<h2>Token map</h2><p><span class="t" style="--a:.9;--b:0">learnable</span> <span class="t"
-style="--a:0;--b:.9">incompatible</span> <span class="t" style="--a:.4;--b:.4">some of both</span>,
-stronger for more; prompts are grey, \u00b7 a space, \u21b5 a newline. Point at a token, or tap it.
-{token_map(contexts)}
-{"".join(parts)}</html>"""
+<p>A student wrote these responses; its teacher disagrees at many of their tokens.
+<b>Learnable</b> disagreement reweights tokens that the student already considers;
+<b>incompatible</b> disagreement wants tokens that it does not. G is how much nearer
+to the teacher a position came through training: the fall of KL(teacher || student)
+or of KL(student || teacher) in nats, or the rise of the overlap of both distributions.
+{html.escape(summary)}
+Whiskers: 95 % cluster bootstrap over contexts.</p>
 
-def token_rows(scores, firsts, G, top_k, decode):  # -> a row of token_map for each position
-    f = features(scores, top_k)
-    for n, token in enumerate(map(decode, scores["id"].tolist())):
-        tip = f"{token!r}   H {scores['H'][n]:.2f}   D {scores[f'D{top_k}'][n]:.2f}   "
-        tip += f"C {scores[f'C{top_k}'][n]:.2f}   G "
-        tip += ", ".join(f"{name} {g[n]:+.3f}" for name, g in G.items())
-        for who, top in zip(("student", "teacher"), firsts):
-            tip += f"\n{who}: " + "  ".join(repr(decode(i)) for i in top[n].tolist())
-        yield token, f["D_learn"][n], f["D_incompat"][n], tip
+<h2>Token map</h2>
+<p>{" ".join(legend)}
+Stronger for more. Prompts are grey, \u00b7 is a space, \u21b5 a line end. Point at a
+token, or tap it.</p>
+{responses}
 
-def report(pair, batches, scores, firsts, G, args, note, out):
-    """The tables to the terminal; with the token map and every position, to files in `out`."""
-    decode = pair.tokenizer.decode
-    rows = list(token_rows(scores, firsts, G, args.top_k, decode))
-    prompts = [decode(ids[:-batch.mask.shape[1]][mask[:-batch.mask.shape[1]] == 1])
-               for batch in batches for ids, mask in zip(batch.ids, batch.attention)][:12]
-    contexts = [(prompt, [row for row, at in zip(rows, scores["context"]) if at == context])
-                for context, prompt in enumerate(prompts)]
-    columns = scores | {f"gain_{name}": g for name, g in G.items()}
-    lines = (json.dumps({"token": row[0]} | {name: z[n].item() for name, z in columns.items()})
-             for n, row in enumerate(rows))
-    summary, parts = f"{args.contexts} contexts, {len(rows)} positions. {note}", tables(
-        scores, G, args, decode)
-    whole = {"summary": summary, "tables": parts, "args": vars(args),
-             "versions": {m.__name__: m.__version__ for m in (torch, opd.transformers, np)}}
-    print(summary, *as_text(parts), sep="\n")
-    for name, text in {"positions.jsonl": "\n".join(lines) + "\n",
-                       "report.json": json.dumps(whole),
-                       "report.html": as_page(parts, summary, contexts)}.items():
-        (out / f"{name}.partial").write_text(text, encoding="utf-8")
-        (out / f"{name}.partial").rename(out / name)  # never half a report
-    print(f"\nreport.html, report.json and positions.jsonl are in {out}")
+{"".join(numbers)}
+</html>
+"""
 
-# ---- The program.
-def compare(runs):
-    """Markdown: held-out results of finished runs of opd.py, mean ± sample deviation over seeds,
-    and differences of the first, paired by seed, from full OPD and from random."""
-    cells, missing = defaultdict(dict), []  # {(budget, method): {seed: values}}
-    for run in runs:
-        try:
-            summary = json.loads((Path(run) / "summary.json").read_text())
-            args, known = summary["args"], summary["after"]
-            keys = [key for key in ("accuracy", "reverse_kl", "agreement") if key in known]
-            cell = 1 if args["select"] == "full" else args["budget"], args["select"]
-            for place, when in ((cell, "after"), ((0, "before training"), "before")):
-                cells[place][args["seed"]] = [summary[when][key] for key in keys]
-        except (OSError, ValueError, KeyError):
-            missing.append(run)
-    def show(values, sign=""):
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):{sign}.3f}{spread}" if values else "-"
-    if cells:
-        columns = ["method", "budget", "seeds", *keys, f"{keys[0]} - full", f"{keys[0]} - random"]
-        print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
-    for (budget, method), seeds in sorted(cells.items()):
-        row = [show(column) for column in zip(*seeds.values())]
-        for other in (cells.get((1, "full"), {}), cells.get((budget, "random"), {})):
-            row.append(show([values[0] - other[seed][0] for seed, values in seeds.items()
-                             if seed in other], "+"))
-        print(f"| {method} | {budget:.0%} | {len(seeds)} |", " | ".join(row), "|")
-    if missing:
-        print("\nnot finished:", *missing)
 
-def parse_args(argv):
+# ======================================================================================
+# The command line
+# ======================================================================================
+
+
+def number_of_contexts(text):
+    number = int(text)
+    if number < 5:
+        raise argparse.ArgumentTypeError(f"{text} is less than 5")
+    return number
+
+
+def parse_args(argv=None):
+    """The flags of opd.py, and those of the diagnostic."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--contexts", type=int, default=300, help="responses to freeze and measure")
+    group = parser.add_argument_group("the diagnostic (training is on all positions)")
+    add = group.add_argument
+    add(
+        "--contexts",
+        type=number_of_contexts,
+        default=300,
+        help="responses to freeze and measure",
+    )
     add("--after", help="a trained version of --student (default: train one now)")
-    add("--bootstrap", type=int, default=1000, help="resamples behind each interval")
-    add("--compare", nargs="+", metavar="RUN", help="only tabulate these finished runs of opd.py")
-    args = opd.parse_args(["--select", "full", *(sys.argv[1:] if argv is None else argv)], parser)
-    if args.contexts < 5 or args.resume:
-        opd.fail("--contexts must be 5 or more; --resume is opd.py's, whose student --after takes")
+    add("--bootstrap", type=int, default=1000, help="draws behind each interval")
+
+    if argv is None:
+        argv = sys.argv[1:]
+    args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
+    if args.resume:
+        parser.error("--resume is for opd.py, whose student --after takes")
+
+    # A prompt for each context. With --after they stay as they were, since that student
+    # may have been trained on all but --eval-prompts of them.
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
     args.supports = sorted({8, 16, 32, args.top_k})
     return args
 
-def load_after(pair, args):  # -> the pair with the trained student
-    student, tokenizer, _ = opd.load_model("--after", args.after, torch.float32, args.device)
-    shapes = [[w.shape for w in model.parameters()] for model in (student, pair.student)]
-    if shapes[0] != shapes[1] or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        opd.fail(f"--after {args.after} has another tokenizer or other shapes than --student")
-    return pair._replace(student=student)
-
-def main(argv=None):
-    """Steps 1 to 5 of the docstring at the top."""
-    args = parse_args(argv)
-    if args.compare:
-        return compare(args.compare)
-    pair, training, held_out = opd.prepare(args)
-    later = load_after(pair, args) if args.after else pair  # that one is trained in place
-    out = opd.new_folder(args.out, "diagnosis")
-    batches = freeze(pair, held_out, args)
-    scores, firsts = before(pair, batches, args)
-    if not args.after:
-        opd.train(pair, training, args, out)
-    G = gains(later, batches, scores, args)
-    note = f"{len(held_out)} held-out prompts" + ", some repeated" * (len(held_out) < args.contexts)
-    if not G["forward_kl"].any():
-        note += "; G is 0 everywhere: this student has not changed"
-    report(pair, batches, scores, firsts, G, args, note + ".", out)
 
 if __name__ == "__main__":
-    opd.run(main)
+    opd.run(main, parse_args())

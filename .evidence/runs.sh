@@ -1,56 +1,116 @@
 #!/usr/bin/env bash
-# All runs behind section 4 of the README, two at a time with one thread each, and their tables.
+# All runs behind the README's evidence, two at a time with one thread each, and tables.
 # Called again after an interruption, it goes on with the runs that are not finished.
+#
+#   bash .evidence/runs.sh embedded
+#   bash .evidence/runs.sh real
+
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 
-train() {  # method budget seed flags: the command line, unless that run is finished
-  out=$base/${folder:-evidence}/$1-$2-$3
-  [ -e $out/summary.json ] || echo "rm -rf $out; python opd.py --select $1 --budget $2 --seed $3 $4 --out $out"
+# The functions print command lines, one for each run that is not finished yet. What an
+# interrupted run has left behind is removed first, since --out must be empty.
+
+train() {  # folder, method, budget, seed, more flags
+  local out=$base/$1/$2-$3-$4
+  if [ ! -e $out/summary.json ]; then
+    echo "rm -rf $out; python opd.py --select $2 --budget $3 --seed $4 $5 --out $out"
+  fi
 }
-diagnose() {  # seed of the trained student, flags
-  out=$base/diagnoses/$1
-  [ -e $out/report.html ] ||
-    echo "rm -rf $out; python diagnose.py $2 --after $base/evidence/full-1-$1/student --out $out"
+
+diagnose() {  # seed of the run with full OPD whose student is diagnosed, more flags
+  local out=$base/diagnoses/$1
+  local student=$base/evidence/full-1-$1/student
+  if [ ! -e $out/report.html ]; then
+    echo "rm -rf $out; python diagnose.py $2 --after $student --out $out"
+  fi
 }
+
+# The embedded pair: all methods at 10 % with five seeds, at other budgets with two.
+
+embedded_methods="teachability teachability_entropy entropy divergence tip"
+embedded_methods+=" compatibility incompatible random"
+
 embedded_runs() {
-  for seed in 0 1 2 3 4; do train full 1 $seed ""
-    for method in teachability teachability_entropy entropy divergence tip compatibility incompatible random; do
-      for budget in 0.1 $([ $seed -gt 1 ] || echo 0.03 0.05 0.3); do train $method $budget $seed ""; done
+  for seed in 0 1 2 3 4; do
+    train evidence full 1 $seed ""
+    budgets="0.1"
+    if [ $seed -le 1 ]; then
+      budgets="0.1 0.03 0.05 0.3"
+    fi
+    for method in $embedded_methods; do
+      for budget in $budgets; do
+        train evidence $method $budget $seed ""
+      done
     done
   done
-  folder=late
-  train full 1 0 "--steps 400"
-  train teachability 0.1 0 "--steps 400"
-}
-embedded_diagnoses() { for seed in 0 1 2 3 4; do diagnose $seed "--seed $seed"; done; }
 
-pair="--student runs/real/student --teacher runs/real/teacher --batch-size 4 --max-new-tokens 48"
+  train late full 1 0 "--steps 400"
+  train late teachability 0.1 0 "--steps 400"
+}
+
+embedded_diagnoses() {
+  for seed in 0 1 2 3 4; do
+    diagnose $seed "--seed $seed"
+  done
+}
+
+# The real pair, three seeds: the methods at 10 %, teachability at other budgets, too.
+
+real_methods="teachability teachability_entropy entropy divergence tip"
+real_methods+=" incompatible random"
+pair="--student runs/real/student --teacher runs/real/teacher"
+pair+=" --batch-size 4 --max-new-tokens 48"
+
 real_runs() {
   flags="$pair --prompts runs/real/prompts.jsonl --lr 2e-5 --steps 40"
-  for seed in 0 1 2; do train full 1 $seed "$flags"
-    for method in teachability teachability_entropy entropy divergence tip incompatible random; do
-      train $method 0.1 $seed "$flags"
+  for seed in 0 1 2; do
+    train evidence full 1 $seed "$flags"
+    for method in $real_methods; do
+      train evidence $method 0.1 $seed "$flags"
     done
-    for budget in 0.03 0.05 0.3; do train teachability $budget $seed "$flags"; done
+    for budget in 0.03 0.05 0.3; do
+      train evidence teachability $budget $seed "$flags"
+    done
   done
 }
-real_diagnoses() {  # the same contexts for all
-  for seed in 0 1 2; do diagnose $seed "$pair --prompts runs/real/contexts.jsonl --eval-prompts 300"; done
+
+real_diagnoses() {  # the same contexts for all, as --seed is not given
+  for seed in 0 1 2; do
+    diagnose $seed "$pair --prompts runs/real/contexts.jsonl --eval-prompts 300"
+  done
 }
 
+# Build the models that are missing, run what is missing, print the tables.
+
 case ${1:-} in
-  embedded) base=runs; [ -e runs/pair ] || python opd.py --steps 1 ;;
-  real) base=runs/real; [ -e runs/real/contexts.jsonl ] || python .evidence/real_pair.py ;;
-  *) echo "usage: bash .evidence/runs.sh embedded|real" >&2; exit 2 ;;
+  embedded)
+    base=runs
+    if [ ! -e runs/pair ]; then
+      python opd.py --steps 1
+    fi
+    ;;
+  real)
+    base=runs/real
+    if [ ! -e runs/real/contexts.jsonl ]; then
+      python .evidence/real_pair.py
+    fi
+    ;;
+  *)
+    echo "usage: bash .evidence/runs.sh embedded|real" >&2
+    exit 2
+    ;;
 esac
+
 for part in runs diagnoses; do
   $1_$part | tr '\n' '\0' | xargs -0 -r -n 1 -P 2 bash -c > /dev/null
 done
-python diagnose.py --compare $base/evidence/*
+
+python .evidence/compare.py $base/evidence/*
 if [ $1 = embedded ]; then
-  python diagnose.py --compare runs/late/*
-  python .evidence/house_word.py runs/late/*/student runs/evidence/{full-1,teachability-0.1}-0/student
+  python .evidence/compare.py runs/late/*
+  python .evidence/house_word.py runs/late/*/student \
+    runs/evidence/full-1-0/student runs/evidence/teachability-0.1-0/student
 fi
 python .evidence/tables.py $base/diagnoses/*

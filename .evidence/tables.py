@@ -1,77 +1,95 @@
-"""The diagnostic's tables in section 4 of the README: mean ± sample deviation over the diagnoses whose
-folders are named, and in how many the interval lies above and below 0. From the project's folder:
+"""The diagnostic's tables in the README: mean ± sample deviation over diagnoses, and in
+how many of them the interval lies above and below 0. From the project's folder:
 
     python .evidence/tables.py runs/diagnoses/*
 """
 
-import json, sys
+import json
+import sys
 from pathlib import Path
+
 import numpy as np
 
 sys.path.insert(0, ".")
 import diagnose
 
 
-def shown(cells):  # one estimate of every diagnosis
+def over_diagnoses(cells):  # one estimate of every diagnosis -> text
     values = [cell["value"] for cell in cells]
-    above, below = sum(cell["low"] > 0 for cell in cells), sum(
-        cell["high"] < 0 for cell in cells
-    )
+    above = sum(cell["low"] > 0 for cell in cells)
+    below = sum(cell["high"] < 0 for cell in cells)
     spread = np.std(values, ddof=1) if len(values) > 1 else 0
     return f"{np.mean(values):+.3f} ± {spread:.3f} {above}/{below}"
 
 
-def show(title, columns, rows):
-    print(f"\n{title}\n{'':28}" + "".join(f"{name:>24}" for name in columns))
-    for label, cells in rows.items():
-        print(f"{label:28}" + "".join(f"{cell:>24}" for cell in cells))
+def print_table(title, columns, rows):  # rows {label: [text]}
+    print()
+    print(title)
+    print(" " * 34 + "".join(f"{name:>28}" for name in columns))
+    for label, texts in rows.items():
+        print(f"{label:34}" + "".join(f"{text:>28}" for text in texts))
 
 
-def regression(
-    folder, without=None, k=16
-):  # -> estimates: the slope of each regressor, and the gap
-    """The decomposition in reverse KL once more, from positions.jsonl, perhaps without a regressor."""
-    lines = [json.loads(line) for line in open(folder / "positions.jsonl")]
-    scores = {name: np.array([line[name] for line in lines]) for name in lines[0]}
-    weights = diagnose.cluster_weights(scores["context"].max() + 1, 1000, seed=0)
-    f, names = diagnose.features(scores, k), [
-        x for x in diagnose.REGRESSORS if x != without
-    ]
-    slopes, _ = diagnose.ols(
-        [f[name] for name in names],
-        scores["gain_reverse_kl"],
-        scores["context"],
-        weights,
+def print_report_tables(folders):
+    reports = []
+    for folder in folders:
+        text = (folder / "report.json").read_text()
+        reports.append(json.loads(text))
+
+    # The last table holds tokens, which have no mean.
+    for number, table in enumerate(reports[0]["tables"][:-1]):
+        rows = {}
+        for label, cells in table["rows"].items():
+            texts = []
+            for column, cell in enumerate(cells):
+                same = []
+                for report in reports:
+                    other = report["tables"][number]["rows"][label]
+                    same.append(other[column])
+                if isinstance(cell, dict):
+                    texts.append(over_diagnoses(same))
+                else:
+                    texts.append(f"{np.mean(same):.3f}")  # R2 has no interval
+            rows[label] = texts
+        print_table(table["title"], table["columns"], rows)
+
+
+def regression(folder, without):  # -> {name: estimate} of the slopes, and of the gap
+    """The decomposition in reverse KL at K = 16 again, perhaps without a regressor."""
+    lines = []
+    for line in (folder / "positions.jsonl").read_text().splitlines():
+        lines.append(json.loads(line))
+    scores = {}
+    for name in lines[0]:
+        scores[name] = np.array([line[name] for line in lines])
+
+    context = scores["context"]
+    weights = diagnose.cluster_weights(context.max() + 1, draws=1000, seed=0)
+    features = diagnose.make_features(scores, 16)
+    names = [name for name in diagnose.REGRESSORS if name != without]
+    slopes, _ = diagnose.least_squares(
+        features, names, scores["gain_reverse_kl"], context, weights
     )
-    slope = dict(zip(names, slopes.T))
-    gap = slope["D_learn"] - slope["D_incompat"]
-    return {
-        name: diagnose.estimate(draws) for name, draws in (slope | {"gap": gap}).items()
-    }
+    slopes["gap"] = slopes["D_learn"] - slopes["D_incompat"]
+    return {name: diagnose.estimate(draws) for name, draws in slopes.items()}
 
 
-folders = [Path(folder) for folder in sys.argv[1:]]
-reports = [
-    json.loads((folder / "report.json").read_text())["tables"] for folder in folders
-]
-for same in list(zip(*reports))[:-1]:  # the last one holds texts
-    title, _, columns, rows = same[0]
-    show(
-        title,
-        columns,
-        {
-            label: [
-                shown(cells)
-                for cells in zip(*(table[3][label] for table in same))
-                if isinstance(cells[0], dict)
-            ]
-            for label in rows
-        },
-    )
-for without in (None, "H_teacher"):
-    found = [regression(folder, without) for folder in folders]
-    show(
-        f"Slopes in reverse KL, K = 16, without: {without}",
-        found[0],
-        {"": [shown([slopes[name] for slopes in found]) for name in found[0]]},
-    )
+def print_regressions(folders):
+    for without in (None, "H_teacher"):
+        found = [regression(folder, without) for folder in folders]
+        rows = {}
+        for name in found[0]:
+            rows[name] = [over_diagnoses([slopes[name] for slopes in found])]
+        title = "Slopes in reverse KL, K = 16"
+        if without is not None:
+            title += f", without {without}"
+        print_table(title, ["slope"], rows)
+
+
+def main(folders):
+    print_report_tables(folders)
+    print_regressions(folders)
+
+
+if __name__ == "__main__":
+    main([Path(folder) for folder in sys.argv[1:]])
