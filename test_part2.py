@@ -488,9 +488,7 @@ def test_a_prompt_that_the_file_repeats_among_the_held_out_is_not_trained_on(
     assert all(sorted(step) == [3, 4, 5, 6] for step in steps)
 
 
-def test_where_too_few_prompts_are_not_held_out_one_line_says_so(
-    run, tmp_path, capsys
-):
+def test_where_too_few_prompts_are_not_held_out_one_line_says_so(run, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n' * 12)
     with one_line(capsys, "p.jsonl: only 0 prompts are not held out"):
         opd.run(run, "out", "--prompts", tmp_path / "p.jsonl")
@@ -607,3 +605,528 @@ def test_a_second_run_never_touches_the_first(
         opd.main(args)
     assert (tmp_path / "runs/opd-1/student").exists()
     assert (tmp_path / "runs/opd-2/student").exists()
+
+
+# ======================================================================================
+# Models that are refused, and why
+# ======================================================================================
+
+
+def edited(path, to, file="config.json", **changes):
+    """A copy of a model's folder, with some entries of one JSON file changed."""
+    shutil.copytree(path, to)
+    values = json.loads((to / file).read_text())
+    values.update(changes)
+    (to / file).write_text(json.dumps(values))
+    return str(to)
+
+
+def untied(seed=0):
+    """A model whose head is a weight of its own."""
+    return model_of("qwen3", seed, tie_word_embeddings=False)
+
+
+def test_a_classifier_is_refused_as_its_head_would_be_random(tmp_path):
+    config = untied().config
+    classifier = transformers.Qwen3ForSequenceClassification(config)
+    path = put(tmp_path / "m", classifier)
+    with pytest.raises(ValueError, match=f"{path}.* no weight lm_head.weight"):
+        opd.load_pair(path, path)
+
+
+def test_a_base_model_without_its_head_is_refused(store, tmp_path):
+    path = put(tmp_path / "m", untied().model)
+    with pytest.raises(ValueError, match=f"--teacher {path}.* lm_head.weight"):
+        opd.load_pair(f"{store}/qwen3-student", path)
+
+
+def test_a_model_with_a_layer_too_few_is_refused(store, tmp_path):
+    path = edited(
+        store / "qwen3-student",
+        tmp_path / "m",
+        num_hidden_layers=3,
+        layer_types=["full_attention"] * 3,
+    )
+    with pytest.raises(ValueError, match=r"--student .* no weight model\.layers\.2\."):
+        opd.load_pair(path, path)
+
+
+def test_weights_of_another_shape_are_refused(store, tmp_path):
+    path = edited(store / "qwen3-student", tmp_path / "m", intermediate_size=48)
+    with pytest.raises(ValueError, match=f"--student {path}.*mismatch"):
+        opd.load_pair(path, path)
+
+
+def test_weights_under_a_foreign_prefix_are_refused(tmp_path):
+    path = put(tmp_path / "m", untied())
+    file = tmp_path / "m" / "model.safetensors"
+    weights = {}
+    for name, weight in safetensors.torch.load_file(file).items():
+        weights[f"wrapped.{name}"] = weight
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="no weight lm_head.weight"):
+        opd.load_pair(path, path)
+
+
+def test_weights_that_the_model_does_not_use_get_a_warning(tmp_path, capsys):
+    path = put(tmp_path / "m", model_of("qwen3"))
+    file = tmp_path / "m" / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["value_head.weight"] = torch.zeros(1, 16)
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    opd.load_pair(path, path)
+    warning = f"warning: --teacher {path}: .*value_head.weight"
+    assert re.search(warning, capsys.readouterr().err)
+
+
+# ---- The probe: can its logits be recomputed here?
+
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+
+
+def probe(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.data.add_(torch.randn_like(weight))  # no bias stays zero
+    opd.check_logits(model.eval())
+
+
+@pytest.mark.parametrize(
+    "family,more",
+    [
+        ("gpt_neox", {"intermediate_size": 32}),
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+        ("bloom", {}),
+        ("mamba", {"state_size": 4}),
+        ("granite", {"intermediate_size": 32, "logits_scaling": 1.0}),
+        ("gemma2", {"intermediate_size": 32, "final_logit_softcapping": None}),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        ),
+    ],
+)
+def test_sound_families_pass_the_probe(family, more):
+    # ALiBi, learned positions, a recurrent state, experts: none minds our padding.
+    probe(transformers.AutoConfig.for_model(family, **SIZES, **more))
+
+
+def test_a_family_that_caps_its_logits_is_refused_even_where_the_cap_does_nothing(
+    tmp_path,
+):
+    # Training may push logits of 1 up to the cap. At 1 no number shows it.
+    for scale, name in ((30.0, "large"), (0.01, "small")):
+        model = model_of("gemma2", scale=scale, final_logit_softcapping=30.0)
+        path = put(tmp_path / name, model)
+        with pytest.raises(ValueError, match=f"{path}.*gemma2.*final_logit_softcap"):
+            opd.load_pair(path, path)
+
+
+@pytest.mark.parametrize(
+    "family,name",
+    [
+        ("cohere", "logit_scale"),
+        ("cohere2", "logit_scale"),
+        ("granite", "logits_scaling"),
+    ],
+)
+def test_a_family_that_scales_its_logits_is_refused(family, name):
+    sizes = {**SIZES, "intermediate_size": 32, "pad_token_id": 0, name: 0.25}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    with pytest.raises(ValueError, match=f"{family} models .* by {name}"):
+        probe(config)
+
+
+def test_a_cap_in_a_nested_config_is_found(monkeypatch):
+    model = model_of("qwen3")
+    text_config = transformers.Gemma2Config(final_logit_softcapping=30.0)
+    monkeypatch.setattr(
+        type(model.config), "get_text_config", lambda self, **_: text_config
+    )
+    with pytest.raises(ValueError, match="gemma2 .* final_logit_softcapping"):
+        opd.check_logits(model)
+
+
+def test_rwkv_is_refused_as_it_reads_the_padding():
+    config = transformers.RwkvConfig(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, context_length=64
+    )
+    with pytest.raises(ValueError, match="rwkv model, recomputed .* left padding"):
+        probe(config)
+
+
+def test_a_convolution_with_bias_is_refused_as_it_reads_the_padding_next_to_it():
+    sizes = {**SIZES, "intermediate_size": 32}
+    sizes["layer_types"] = ["conv", "full_attention"]
+    probe(transformers.Lfm2Config(**sizes, conv_bias=False))
+    with pytest.raises(ValueError, match="lfm2 model, recomputed .* left padding"):
+        probe(transformers.Lfm2Config(**sizes, conv_bias=True))
+
+
+@pytest.mark.parametrize("family", ["Bert", "XLNet"])
+def test_models_that_are_no_decoders_are_refused_with_a_reason_that_is_true(family):
+    sizes = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "Bert":
+        config = transformers.BertConfig(hidden_size=16, intermediate_size=32, **sizes)
+    else:
+        config = transformers.XLNetConfig(vocab_size=V, d_model=16, n_layer=2, n_head=2)
+    with pytest.raises(ValueError, match=f"{family.lower()} model, .* are not its own"):
+        probe(config)
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path):
+    model = model_of("qwen3")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+    path = put(tmp_path / "m", model)
+    with pytest.raises(ValueError, match="are not its own"):
+        opd.load_pair(path, path)
+
+
+def test_a_model_whose_generation_differs_from_its_forward_pass_is_refused(
+    store, monkeypatch
+):
+    # As with MiniMax, whose linear attention treats padding otherwise in its cache.
+    real = transformers.Qwen3ForCausalLM.forward
+
+    def other_with_a_cache(self, *args, **more):
+        output = real(self, *args, **more)
+        if more.get("use_cache") and output.logits.shape[1] == 1:
+            output.logits = output.logits + torch.linspace(0, 0.05, V)
+        return output
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", other_with_a_cache)
+    with pytest.raises(ValueError, match="qwen3 model, generated under left padding"):
+        load(store)
+
+
+def test_a_kernel_that_rounds_differently_is_no_wrong_family(store, monkeypatch):
+    real = transformers.Qwen3ForCausalLM.forward
+
+    def noisy(self, *args, **more):
+        output = real(self, *args, **more)
+        noise = 1e-5 * torch.randn_like(output.logits)
+        output.logits = output.logits * (1 + noise)
+        return output
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", noisy)
+    assert load(store).vocab_size == V
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 4},
+        {"stop_strings": ["w5"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"repetition_penalty": 3.0, "min_new_tokens": 4, "do_sample": True},
+        {"eos_token_id": list(range(V))},
+    ],
+)
+def test_the_checkpoints_own_generation_settings_do_not_disturb_the_probe(
+    store, tmp_path, settings
+):
+    file = "generation_config.json"
+    path = edited(store / "qwen3-student", tmp_path / "m", file, **settings)
+    pair = opd.load_pair(path, path)
+    for name, value in settings.items():
+        assert getattr(pair.student.generation_config, name) == value
+    assert draw(pair).ids.max() < V
+
+
+# ---- Students that cannot be trained, files that cannot be read
+
+
+@pytest.mark.parametrize("fault", ["frozen", "bf16", "int8"])
+def test_a_student_that_is_not_trainable_as_assumed_is_refused_at_once(
+    store, monkeypatch, fault
+):
+    real = opd.load_model
+
+    def with_a_fault(flag, *more):  # as an adapter, or quantised layers, would be
+        model, *rest = real(flag, *more)
+        weight = model.model.norm.weight
+        weight.requires_grad_(False)
+        if fault == "bf16":
+            weight.data = weight.data.bfloat16()
+            weight.requires_grad_()
+        if fault == "int8":
+            weight.data = weight.data.to(torch.int8)
+        return model, *rest
+
+    monkeypatch.setattr(opd, "load_model", with_a_fault)
+    says = "--student .*/qwen3-student: model.norm.weight cannot be trained"
+    with pytest.raises(ValueError, match=says):
+        load(store)
+
+
+def test_the_teacher_is_frozen_and_the_student_is_not(store):
+    pair = load(store)
+    assert all(weight.requires_grad for weight in pair.student.parameters())
+    assert not any(weight.requires_grad for weight in pair.teacher.parameters())
+    assert not pair.student.training and not pair.teacher.training
+
+
+def cut_in_half(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:4000])
+
+
+def git_lfs_pointer(folder):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def config_that_raises(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["num_attention_heads"] = "two"
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def quantised(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def an_adapter_alone(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def pickled(folder):
+    torch.save(weights_of(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_code(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["model_type"] = "own"
+    values["auto_map"] = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "code.py").write_text("open('/tmp/was-run', 'w')\n")
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        (cut_in_half, "SafetensorError"),
+        (git_lfs_pointer, "SafetensorError"),
+        (config_that_raises, "num_attention_heads"),
+        (quantised, "ImportError"),
+        (an_adapter_alone, "config.json"),
+        (pickled, "safetensors"),
+        (with_code, "custom code"),
+    ],
+)
+def test_a_model_folder_that_cannot_be_loaded_gets_one_line_with_flag_and_path(
+    run, store, tmp_path, capsys, damage, says
+):
+    shutil.copytree(store / "qwen3-student", tmp_path / "m")
+    damage(tmp_path / "m")
+    with one_line(capsys, f"^error: --teacher {tmp_path}/m on cpu: .*{says}"):
+        opd.run(run, "out", "--teacher", tmp_path / "m")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Two vocabularies
+
+
+def test_different_tokenizers_are_refused_with_a_token_that_differs(store, tmp_path):
+    other = put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
+    with pytest.raises(ValueError, match=f"'w{V - 1}' has the id {V - 1} .* and None"):
+        opd.load_pair(f"{store}/qwen3-student", other)
+
+
+def with_added(token, **special):
+    tokenizer = tokenizer_of(**special)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    return tokenizer
+
+
+def test_tokenizers_that_differ_in_special_tokens_alone_get_one_warning(
+    store, tmp_path, capsys
+):
+    path = put(tmp_path / "t", model_of("qwen3"), with_added("<think>"))
+    pair = opd.load_pair(f"{store}/qwen3-student", path)
+    (warning,) = re.findall("warning: .*", capsys.readouterr().err)
+    assert "'<think>' has the id None in the student's tokenizer and 64" in warning
+    assert pair.vocab_size == V
+
+
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+@pytest.mark.parametrize(
+    "special", [{"pad_token": "[PAD]"}, {"pad_token": None, "eos_token": "<EOT>"}]
+)
+def test_a_pad_or_an_end_that_only_one_model_has_is_harmless(
+    store, tmp_path, owner, special
+):
+    # Its id, 64, is beyond the rows of the other model.
+    own = model_of("qwen3", vocab=V + 1, seed=3)
+    put(tmp_path / "m", own, tokenizer_of(**special))
+    paths = {role: f"{store}/qwen3-{role}" for role in ("student", "teacher")}
+    paths[owner] = str(tmp_path / "m")
+    pair = opd.load_pair(paths["student"], paths["teacher"])
+    batch = draw(pair)
+    assert pair.vocab_size == V
+    scores = opd.score(pair, batch, 4, 2)
+    for values in scores.values():
+        assert values[batch.mask].isfinite().all()
+    is_end = torch.isin(batch.responses, torch.tensor(pair.end_ids))
+    assert batch.responses[batch.mask & ~is_end].max() < V
+
+
+def test_an_only_end_beyond_the_students_rows_gets_a_warning_and_all_run_to_the_limit(
+    tmp_path, capsys
+):
+    model = model_of("qwen3")
+    model.config.eos_token_id = model.generation_config.eos_token_id = V
+    tokenizer = tokenizer_of(eos_token="<EOT>", pad_token=None)
+    path = put(tmp_path / "m", model, tokenizer)
+    pair = opd.load_pair(path, path)
+    warning = "the student has no token that ends a response"
+    assert warning in capsys.readouterr().err
+    assert draw(pair).truncated.all()
+
+
+def test_an_end_id_of_minus_one_is_none(store, tmp_path):
+    file = "generation_config.json"
+    path = edited(store / "qwen3-student", tmp_path / "m", file, eos_token_id=-1)
+    pair = opd.load_pair(path, path)
+    assert pair.end_ids == [0]  # the tokenizer's
+    assert draw(pair).ids.min() == 0
+
+
+# ---- What belongs to a saved student, and to a run that goes on
+
+
+def test_the_saved_student_keeps_its_own_generation_config(run, store, tmp_path):
+    # Greedy with a temperature is no valid setting: many checkpoints have it.
+    own = {
+        "do_sample": False,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 5,
+        "repetition_penalty": 1.5,
+        "eos_token_id": [0, 2],
+    }
+    file = "generation_config.json"
+    path = edited(store / "qwen3-student", tmp_path / "m", file, **own)
+    run("out", "--student", path, "--steps", 1)
+    saved = json.loads((tmp_path / "out" / "student" / file).read_text())
+    assert {name: saved[name] for name in own} == own
+
+
+def test_that_the_saved_student_is_float32_is_said_where_it_is(run, tmp_path, capsys):
+    student = put(tmp_path / "bf16", model_of("qwen3").bfloat16())
+    run("out", "--student", student, "--steps", 1)
+    saved = safetensors.torch.load_file(tmp_path / "out/student/model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert "student/ (float32)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="session")
+def saved(store, tmp_path_factory):
+    """A run's save of step 2."""
+    out = tmp_path_factory.mktemp("saved") / "out"
+    opd.main(opd.parse_args(flags(store, out, "--save-every", 2)))
+    return out / "step-2"
+
+
+@pytest.mark.parametrize(
+    "more,says",
+    [
+        ("--temperature 0.5", "--temperature was 1.0 before and is 0.5 now"),
+        ("--batch-size 2", "--batch-size was 4 before and is 2 now"),
+        ("--lr 1e-4", "--lr was 0.001 before and is 0.0001 now"),
+        ("--select tip", "--select was teachability before and is tip now"),
+        ("--budget 0.5", "--budget was 0.1"),
+        ("--loss sampled", "--loss was reverse_kl"),
+        ("--top-k 3", "--top-k was 16"),
+        ("--max-new-tokens 5", "--max-new-tokens was 6"),
+        ("--seed 1", "--seed was 0"),
+        ("--student llama", "--student was .*qwen3-student"),
+        ("--teacher llama", "--teacher was .*qwen3-teacher"),
+        ("--prompts other.jsonl", "--prompts, or --eval-prompts, differ"),
+        ("--eval-prompts 3", "--prompts, or --eval-prompts, differ"),
+        ("--steps 2", "--steps 2: that save is of step 2"),
+    ],
+)
+def test_a_run_that_would_go_on_otherwise_is_refused_with_the_flag(
+    run, store, saved, tmp_path, capsys, monkeypatch, more, says
+):
+    prompts_file(tmp_path / "other.jsonl", 13)
+    flag, value = more.split()
+    if value == "llama":
+        value = f"{store}/llama{flag.replace('--', '-')}"
+    if flag == "--prompts":
+        value = tmp_path / value
+    with one_line(capsys, says):
+        opd.run(run, "out", "--resume", saved, flag, value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_change_the_run_may_differ_when_it_goes_on(run, saved):
+    more = ["--steps", 4, "--micro-batch-size", 2, "--save-every", 3]
+    log = run("out", "--resume", saved, *more)
+    assert [line["step"] for line in log] == [2, 3]
+
+
+def test_a_folder_without_state_is_refused_before_any_model_is_loaded(
+    run, saved, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(opd, "load_model", None)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "state.pt").write_bytes(b"half")
+    for folder in (saved.parent / "student", tmp_path / "half", tmp_path / "none"):
+        with one_line(capsys, f"--resume {folder}: no state.pt of this version"):
+            opd.run(run, "out", "--resume", folder)
+        assert not (tmp_path / "out").exists()
+
+
+# ---- How long prompt and response may be
+
+
+@pytest.mark.parametrize(
+    "name,config",
+    [
+        ("max_position_embeddings", transformers.LlamaConfig),
+        ("n_positions", transformers.GPT2Config),
+        ("max_seq_len", transformers.MptConfig),
+    ],
+)
+def test_the_length_limit_is_found_under_each_of_its_names(name, config):
+    def model_with(length):
+        model = torch.nn.Module()
+        model.config = config(**{name: length})
+        return model
+
+    pair = opd.Pair(model_with(99), model_with(40), None, [], V, 1.0)
+    assert opd.length_limit(pair) == 40
+    assert opd.length_limit(pair._replace(teacher=model_with(99))) == 99
+
+
+def test_the_length_limit_of_a_nested_config_is_found(store):
+    text = {"max_position_embeddings": 30, "hidden_size": 16}
+    pair = load(store)
+    pair.teacher.config = transformers.Gemma3Config(text_config=text)
+    assert opd.length_limit(pair) == 30
+
+
+def test_no_length_limit_is_no_limit(store):
+    pair = load(store)
+    for model in (pair.student, pair.teacher):
+        model.config = transformers.BloomConfig()
+    assert opd.length_limit(pair) == math.inf
