@@ -1130,3 +1130,348 @@ def test_no_length_limit_is_no_limit(store):
     for model in (pair.student, pair.teacher):
         model.config = transformers.BloomConfig()
     assert opd.length_limit(pair) == math.inf
+
+
+# ======================================================================================
+# Prompts and answers
+# ======================================================================================
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% for tool in tools or [] %}{{ tool['name'] }} {% endfor %}"
+    "{% if enable_thinking %}w9{% else %}w8{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat(store):
+    """A pair whose tokenizer adds <s> before a text and has a chat template."""
+    tokenizer = tokenizer_of(bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.chat_template = TEMPLATE
+    return load(store)._replace(tokenizer=tokenizer)
+
+
+def read(tmp_path, pair, *records, max_new_tokens=6):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return opd.read_prompts(path, pair, max_new_tokens)
+
+
+def message(content, role="w3"):  # w3, so that the role is a word of the vocabulary
+    return {"role": role, "content": content}
+
+
+def test_bos_is_added_once_whoever_brings_it(chat, tmp_path):
+    chat.tokenizer.chat_template = "<s> " + TEMPLATE
+    examples = read(
+        tmp_path,
+        chat,
+        {"prompt": "w5 w6", "answer": "w7"},
+        {"prompt": "<s> w5 w6"},
+        {"messages": [message("w5 w6")]},
+    )
+    chat.tokenizer.chat_template = TEMPLATE
+    assert examples == [
+        {"prompt": [1, 5, 6], "answer": "w7"},
+        {"prompt": [1, 5, 6], "answer": None},
+        {"prompt": [1, 3, 5, 6, 8], "answer": None},
+    ]
+
+
+def test_an_eos_that_the_tokenizer_appends_is_taken_off_and_one_of_the_text_is_not(
+    store, tmp_path
+):
+    # The student would write on after the end.
+    tokenizer = tokenizer_of()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 0)]
+    )
+    pair = load(store)._replace(tokenizer=tokenizer)
+    assert tokenizer("w5").input_ids == [5, 0]
+    (example,) = read(tmp_path, pair, {"prompt": "w5 w6"})
+    assert example["prompt"] == [5, 6]
+
+    pair.tokenizer.chat_template = TEMPLATE.replace("w8", "<eos>")
+    (example,) = read(tmp_path, pair, {"messages": [message("w5")]})
+    assert example["prompt"] == [3, 5, 0]
+
+
+def test_the_template_is_given_the_records_tools_and_settings(chat, tmp_path):
+    messages = [message("w5")]
+    examples = read(
+        tmp_path,
+        chat,
+        {"messages": messages},
+        {"messages": messages, "chat_template_kwargs": {"enable_thinking": True}},
+        {"messages": messages, "chat_template_kwargs": None, "tools": None},
+        {"messages": messages, "tools": [{"name": "w20"}]},
+    )
+    prompts = [example["prompt"] for example in examples]
+    assert prompts == [[3, 5, 8], [3, 5, 9], [3, 5, 8], [3, 5, 20, 8]]
+
+
+def test_keys_that_are_not_used_are_named_once(chat, tmp_path, capsys):
+    records = [{"prompt": "w5", "tools": [], "system": "w6"}] * 3
+    records.append({"messages": [message("w5")], "id": 7, "answer": "w9"})
+    read(tmp_path, chat, *records)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.endswith("p.jsonl: these keys are not used: id, system, tools\n")
+
+
+@pytest.mark.parametrize(
+    "record,says",
+    [
+        ({"messages": [{"from": "human", "value": "w5"}]}, "`role` and `content`"),
+        ({"messages": [message("w5"), message("w6", "assistant")]}, "the assistant's"),
+        ({"messages": [[message("w5")]]}, "`role` and `content`"),
+        ({"messages": None}, "`messages` must be a list"),
+        ({"messages": []}, "`messages` must be a list"),
+        ({"messages": "w5"}, "`messages` must be a list"),
+        ({"messages": {"role": "user", "content": "w5"}}, "`messages` must be a list"),
+        ({"messages": [message(None)]}, "has no `content`"),
+        ({"messages": [{"role": "user"}]}, "has no `content`"),
+        ({"messages": [message("w5")], "chat_template_kwargs": 5}, "TypeError"),
+        ({"messages": [message("w5")], "prompt": "w5"}, "either `prompt` or"),
+        ({"prompt": None}, "`prompt` must be a text"),
+        ({"prompt": ["w5"]}, "`prompt` must be a text"),
+        ({"prompt": [message("w5")]}, "`prompt` must be a text"),
+        ({"prompt": "w5", "answer": True}, "`answer` must be"),
+        ({"prompt": "w5", "answer": ["w5"]}, "`answer` must be"),
+        ({"prompt": "w5", "answer": " "}, "empty answer"),
+        ({"prompt": "w5", "answer": ""}, "empty answer"),
+        ({"prompt": "w5", "answer": "."}, "empty answer"),
+        ({"prompt": "w5", "answer": "**"}, "empty answer"),
+    ],
+)
+def test_a_record_that_would_be_misread_is_refused_with_its_line(
+    chat, tmp_path, record, says
+):
+    with pytest.raises(ValueError, match=f"p.jsonl, line 2: .*{says}"):
+        read(tmp_path, chat, {"prompt": "w5"}, record)
+
+
+def test_a_token_that_only_one_model_knows_is_refused_with_its_line(store, tmp_path):
+    pair = load(store)._replace(tokenizer=with_added("<think>"))
+    with pytest.raises(ValueError, match="line 2: .* does not know '<think>'"):
+        read(tmp_path, pair, {"prompt": "w5"}, {"prompt": "w5 <think> w6"})
+
+
+def test_a_prompt_and_its_response_may_just_fill_the_models_length(store, tmp_path):
+    # 64 in all, and 6 for the response.
+    record = {"prompt": " ".join(["w5"] * 58)}
+    (example,) = read(tmp_path, load(store), record)
+    assert len(example["prompt"]) == 58
+    record["prompt"] += " w5"
+    with pytest.raises(ValueError, match="line 1: .* 59 tokens; .* 6 .* the 64 that"):
+        read(tmp_path, load(store), record)
+
+
+def test_a_byte_order_mark_blank_lines_and_windows_line_ends_do_not_matter(
+    store, tmp_path
+):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "w5"}\r\n\r\n{"prompt": "w6"}\r\n')
+    examples = opd.read_prompts(path, load(store), 6)
+    assert [example["prompt"] for example in examples] == [[5], [6]]
+
+
+def test_answers_may_be_json_numbers(store, tmp_path):
+    records = [{"prompt": "w5", "answer": answer} for answer in (7, 0.5, 1e-7, 0)]
+    examples = read(tmp_path, load(store), *records)
+    for example, response in zip(examples, ("is 7.", "1/2", "0.0000001", "-0")):
+        assert opd.is_right(response, example["answer"])
+
+
+def test_that_an_answer_has_several_numbers_is_said_once(store, tmp_path, capsys):
+    pair = load(store)
+    capsys.readouterr()
+    records = [{"prompt": "w5", "answer": answer} for answer in ("7", "3/4", "1 234")]
+    read(tmp_path, pair, *records)
+    assert capsys.readouterr().err == ""
+    records += [{"prompt": "w5", "answer": "(3, 4)"}] * 2
+    read(tmp_path, pair, *records)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "p.jsonl, line 4: the answer has several numbers" in error
+
+
+@pytest.mark.parametrize(
+    "response,answer,right",
+    [
+        # one number: the last number of the response must be equal
+        ("First 7, then 9.", "9", True),
+        ("9 or 10", "9", False),
+        ("no number at all", "9", False),
+        ("", "9", False),
+        ("nine 9s", "9", True),
+        ("So it makes 1,234.", "1234", True),
+        ("1 234", "1234", True),
+        ("1234", "1 234", True),
+        ("1\u00a0234\u202f567", "1234567", True),
+        ("12,34", "1234", False),
+        ("1, 234", "1234", False),
+        ("1,2345", "12345", False),
+        (r"\boxed{42}", "42", True),
+        ("$42$", "42", True),
+        ("**42**", "42", True),
+        ("42", "$42$.", True),
+        ("0.50 litres", "0.5", True),
+        (".5", "0.5", True),
+        ("0.5", ".5", True),
+        ("5", ".5", False),
+        (".5", "5", False),
+        ("1.5", "5", False),
+        ("from 5 to -3", "-3", True),
+        ("from 5 to 3", "-3", False),
+        ("from 5 to -3", "3", False),
+        ("\u22125", "-5", True),
+        ("-5", "\u22125", True),
+        ("5", "\u22125", False),
+        ("\u22125", "5", False),
+        ("+5", "5", True),
+        ("5-3", "3", True),
+        ("3/4", "3/4", True),
+        ("6/8", "3/4", True),
+        ("0.75", "3/4", True),
+        ("1/4", "3/4", False),
+        ("4", "3/4", False),
+        ("3/4", "4", False),
+        ("-1/2", "1/2", False),
+        ("1/2", "-1/2", False),
+        ("-1/2", "-1/2", True),
+        ("1/0", "1", False),
+        ("1", "1/0", False),
+        ("1/0", "1/0", True),  # as a word
+        ("1e5", "100000", True),
+        ("1e-5", "1e5", False),
+        ("1e5", "1e-5", False),
+        ("1e-5", "0.00001", True),
+        ("5", "1e5", False),
+        ("gpt4", "4", False),
+        ("version 1.2.3", "3", False),
+        # any other answer: the last words of the response must be its words
+        ("It is Paris.", "Paris", True),
+        ("It is **Paris**", "Paris", True),
+        ("It is Paris", "**Paris**.", True),
+        ("Paris is large", "Paris", False),
+        ("", "Paris", False),
+        ("the answer is (B)", "B", True),
+        ("the answer is B.", "(B)", True),
+        ("So it is NASA", "A", False),
+        ("So it is A", "NASA", False),
+        ("a casino", "no", False),
+        ("no", "no", True),
+        ("at 12:30", "11:30", False),
+        ("at 11:30.", "11:30", True),
+        ("(1, 4)", "(3, 4)", False),
+        ("(3, 4)", "(3, 4)", True),
+        ("Gemini 11", "Apollo 11", False),
+        ("It was Apollo 11.", "Apollo 11", True),
+        ("11", "Apollo 11", False),
+        ("New\nYork", "New York", True),
+        ("York", "New York", False),
+    ],
+)
+def test_an_answer_is_compared_as_a_number_if_it_is_one_and_else_as_last_words(
+    response, answer, right
+):
+    assert opd.is_right(response, answer) is right
+
+
+# ======================================================================================
+# Bad input
+# ======================================================================================
+
+
+@pytest.mark.parametrize(
+    "more,says",
+    [
+        ("--budget 0", "above 0"),
+        ("--budget 1.5", r"in \(0, 1\]"),
+        ("--budget nan", "above 0"),
+        ("--top-k 0", "1 or more"),
+        ("--temperature 0", "above 0"),
+        ("--temperature inf", "above 0"),
+        ("--select best", "teachability"),
+        ("--loss kl", "reverse_kl"),
+        ("--steps 0", "1 or more"),
+        ("--save-every 0", "1 or more"),
+        ("--eval-prompts 0", "1 or more"),
+        ("--micro-batch-size 0", "1 or more"),
+        ("--max-new-tokens -1", "1 or more"),
+        ("--lr -1", "above 0"),
+        ("--batch-size x", "int"),
+        ("--seed -3", "from 0 to 2147483647"),
+        ("--seed 2147483648", "from 0 to 2147483647"),
+        ("--frobnicate", ""),
+    ],
+)
+def test_a_bad_flag_gets_one_line_that_names_it(store, tmp_path, capsys, more, says):
+    with one_line(capsys, f"^error: .*{more.split()[0]}.*{says}"):
+        opd.parse_args(flags(store, tmp_path / "out", *more.split()))
+
+
+@pytest.mark.parametrize("given", ["--student x", "--teacher x --prompts y"])
+def test_half_a_pair_is_refused(capsys, given):
+    with one_line(capsys, "--student, --teacher and --prompts go together"):
+        opd.parse_args(given.split())
+
+
+@pytest.mark.parametrize(
+    "content,says",
+    [
+        ("", "0 prompts; --batch-size and --eval-prompts need 8"),
+        ('{"prompt": "w5"}\n' * 7, "7 prompts"),
+        ('{"prompt": "w5"}\nnot json\n', "line 2: JSONDecodeError"),
+        ("[1]\n", "line 1: give an object"),
+        ('{"text": "w5"}\n', "line 1: give an object"),
+        ('{"prompt": 5}\n', "line 1: `prompt` must be a text"),
+        ('{"prompt": "w5"}\n{"prompt": ""}\n', "line 2: the prompt has no token"),
+        (json.dumps({"prompt": "w5 " * 60}) + "\n", "line 1: .* 60 tokens"),
+        (b"\xff\xfe", "UTF-16"),
+        ('{"prompt": "w5"}\n'.encode("utf-16"), "UTF-16"),
+        (gzip.compress(b'{"prompt": "w5"}\n'), "compressed"),
+        (
+            '{"messages": [{"role": "user", "content": "w5"}]}\n',
+            "line 1: .*chat.?template",
+        ),
+        ('{"prompt": "w5", "answer": " "}\n', "line 1: empty answer"),
+    ],
+)
+def test_bad_prompts_get_one_line_with_the_place_and_leave_nothing(
+    run, tmp_path, content, says, capsys
+):
+    if isinstance(content, str):
+        content = content.encode()
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with one_line(capsys, f"^error: .*{path}.*{says}"):
+        opd.run(run, "out", "--prompts", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_paths_get_one_line_that_names_flag_and_path(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for flag, path in (
+        ("--student", tmp_path / "none"),
+        ("--teacher", tmp_path / "file"),
+        ("--prompts", "none.jsonl"),
+        ("--prompts", tmp_path),
+        ("--out", tmp_path / "file" / "out"),
+        ("--out", tmp_path / "file"),
+        ("--resume", tmp_path / "none"),
+    ):
+        with one_line(capsys, f"^error: {flag} {path}"):
+            opd.run(run, "out", flag, path)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_gets_one_line_that_names_it(run, capsys, device):
+    with one_line(capsys, f"^error: --student .* on {device}: "):
+        opd.run(run, "out", "--device", device)
