@@ -33,6 +33,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -586,7 +587,7 @@ def log(line, path, is_shown):  # {name: number}
     names = names[: names.index("seconds") + 1]
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:
-            tqdm.write("  ".join(f"{name:>7}" for name in names))
+            show("  ".join(f"{name:>7}" for name in names))
         file.write(json.dumps(line) + "\n")
 
     if is_shown:
@@ -594,7 +595,7 @@ def log(line, path, is_shown):  # {name: number}
         for name in names:
             width = max(7, len(name))
             cells.append(f"{line[name]:{width}.4g}")
-        tqdm.write("  ".join(cells))
+        show("  ".join(cells))
 
 
 def evaluate(pair, examples, args):  # -> {name: mean}
@@ -629,7 +630,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
             text = response_text(pair, batch, i)
             if start == 0 and i == 0:
                 prompt = pair.tokenizer.decode(example["prompt"])
-                tqdm.write(f"sample: {prompt!r} -> {text!r}")
+                show(f"sample: {prompt!r} -> {text!r}")
             if example["answer"] is not None:
                 right.append(is_right(text, example["answer"]))
 
@@ -653,6 +654,15 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 # 4. What stands around the method: models, prompts, answers, files. Bad input raises
 #    ValueError, which the command line turns into one clear line.
 # ======================================================================================
+
+
+def show(text):
+    """Print a line. That its reader has gone, as `| head -1` does, ends no run."""
+    try:
+        tqdm.write(text)  # above the progress bar
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message):
@@ -1393,10 +1403,10 @@ def main(args, rule=None):
     }
     write_file(out / "summary.json", json.dumps(summary))
 
-    print(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
+    show(f"{'held-out prompts':20}{'before':>10}{'after':>10}")
     for name in before:
-        print(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
-    print(
+        show(f"{name:20}{before[name]:10.4f}{after[name]:10.4f}")
+    show(
         f"{seconds:.0f} s; student/ (float32), log.jsonl and summary.json are in {out}"
     )
 
