@@ -3,6 +3,7 @@
 # --- shared helpers
 
 import gzip
+import io
 import json
 import math
 import os
@@ -396,7 +397,7 @@ def test_a_rule_of_your_own_ranks_in_place_of_the_method(run, store, tmp_path):
 
 
 def test_full_distillation_brings_the_student_closer(run, tmp_path):
-    more = ["--select", "full", "--steps", 40, "--lr", 1e-2, "--batch-size", 8]
+    more = ["--select", "full", "--steps", 20, "--lr", 2e-2, "--batch-size", 8]
     run("out", *more)
     summary = summary_of(tmp_path / "out")
     assert summary["after"]["reverse_kl"] < 0.7 * summary["before"]["reverse_kl"]
@@ -405,7 +406,7 @@ def test_full_distillation_brings_the_student_closer(run, tmp_path):
 def test_a_bf16_checkpoint_moves_at_a_learning_rate_of_1e_6(run, tmp_path):
     model = model_of("qwen3", seed=1).bfloat16()
     path = put(tmp_path / "bf16", model)
-    run("out", "--student", path, "--lr", "1e-6", "--steps", 20, "--select", "full")
+    run("out", "--student", path, "--lr", "1e-6", "--steps", 5, "--select", "full")
     before = model.state_dict()
     after = weights_of(tmp_path / "out" / "student")
     moved = sum((after[name] != before[name].float()).sum().item() for name in after)
@@ -1475,3 +1476,198 @@ def test_missing_paths_get_one_line_that_names_flag_and_path(run, tmp_path, caps
 def test_a_device_that_is_not_there_gets_one_line_that_names_it(run, capsys, device):
     with one_line(capsys, f"^error: --student .* on {device}: "):
         opd.run(run, "out", "--device", device)
+
+
+# ======================================================================================
+# The terminal
+# ======================================================================================
+
+
+def accented_pair(folder):
+    """A model whose words are written with a letter that ASCII and Latin-1 lack."""
+    words = {"<eos>": 0}
+    for i in range(1, V):
+        words[f"ŵ{i}"] = i
+    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>"
+    )
+    lines = [json.dumps({"prompt": f"ŵ{3 + i}"}) + "\n" for i in range(12)]
+    (folder / "p.jsonl").write_text("".join(lines))
+    model = put(folder / "m", model_of("qwen3"), tokenizer)
+    return ["--student", model, "--teacher", model, "--prompts", folder / "p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "encoding,shown", [("ascii", "?5"), ("latin-1", "?5"), ("utf-8", "ŵ5")]
+)
+def test_a_terminal_that_lacks_a_letter_shows_another_and_all_files_are_there(
+    run, tmp_path, monkeypatch, encoding, shown
+):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # strict
+    more = accented_pair(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        opd.run(run, "out", *more, "--steps", 1)
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode(encoding)
+    sample = re.search(r"^sample: .*", printed, re.M)[0]
+    assert shown[0] + "11" in sample  # the first of the held-out prompts
+    assert "held-out prompts" in printed
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["log.jsonl", "student", "summary.json"]
+
+
+def test_a_reader_of_the_first_line_alone_does_not_end_the_training(store, tmp_path):
+    program = [sys.executable, HERE / "opd.py", *flags(store, tmp_path / "out")]
+    line = " ".join(map(str, program)) + " | head -1; echo ${PIPESTATUS[0]}"
+    result = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=100
+    )
+    sample, status = result.stdout.splitlines()
+    assert sample.startswith("sample: ")
+    assert status == "0"
+    assert "Exception" not in result.stderr and "Traceback" not in result.stderr
+    log = (tmp_path / "out" / "log.jsonl").read_text()
+    assert log.count("\n") == 3
+    assert weights_of(tmp_path / "out" / "student")
+    assert summary_of(tmp_path / "out")["after"]
+
+
+@pytest.mark.parametrize(
+    "error,status,says",
+    [
+        (ValueError("no such\nthing"), 2, "thing"),
+        (OSError("disk"), 1, "disk"),
+        (FloatingPointError("step 3"), 1, "step 3"),
+        (torch.OutOfMemoryError("2 GiB"), 1, "--micro-batch-size"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_stops_the_program_from_outside_gets_a_line_and_a_status(
+    capsys, error, status, says
+):
+    def program():
+        raise error
+
+    with one_line(capsys, says, status):
+        opd.run(program)
+
+
+def test_a_fault_of_the_programs_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        opd.run(lambda: 1 / 0)
+
+
+# ======================================================================================
+# The demo
+# ======================================================================================
+
+
+def test_the_problems_of_the_demo_add_up_unless_their_writer_slips():
+    clock = list(range(1, 25)) * 2
+    wrong = Counter()
+    for seed in range(400):
+        dice = random.Random(seed)
+        start = dice.randint(1, 24)
+        step = dice.randint(2, 9)
+        for slips in (0.0, 0.7):
+            prompt, response, answer = opd.problem("bus", start, step, dice, slips)
+            assert prompt == f"A bus starts at {start} and returns every {step} hours:"
+            pattern = r"(\w+) \w+ adds (\d+) to (\d+) and gets (\d+)\."
+            sums = re.findall(pattern, response)
+            ordinals = [ordinal for ordinal, *_ in sums]
+            assert ordinals == ["First", "Second", "Third", "Fourth"]
+            hour = start
+            for _, added, before, total in sums:
+                assert (int(added), int(before)) == (step, hour)
+                right = clock[hour + step - 1]
+                hour = int(total)
+                assert hour in (right, clock[right])  # at most one too high
+                wrong[slips] += hour != right
+            assert response.endswith(f" So it ends at {hour}.")
+            assert int(answer) == clock[clock[start + 2 * step - 1] + 2 * step - 1]
+            assert slips or opd.is_right(response, answer)
+    assert wrong[0.0] == 0
+    assert 0.25 < wrong[0.7] / 1600 < 0.45  # 0.7 of the hard half
+
+
+def test_the_house_style_is_a_matter_of_one_word():
+    _, plain, answer = opd.problem("bus", 5, 7, random.Random(0), style=0)
+    _, house, same = opd.problem("bus", 5, 7, random.Random(0), style=1)
+    assert house.count("obtains") == 4
+    assert house.replace("obtains", "gets") == plain
+    assert answer == same == "9"  # 5 + 28 = 33, and 33 - 24 = 9
+    assert opd.is_right(plain, answer)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with the demo's pair, after two steps of training for each model."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])
+
+        with patch.context() as stopped:
+            stopped.setattr(Path, "write_text", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opd.build_pair()
+        assert not opd.PAIR.exists()
+
+        opd.check_demo()
+    return folder
+
+
+def test_the_demo_is_built_once_and_an_interrupted_build_is_not_mistaken_for_one(
+    world, monkeypatch
+):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(opd, "ByteLevelBPETokenizer", interrupted)  # not again
+    pair, training, held_out = opd.prepare(opd.parse_args([]))
+    assert len(training) == 576
+    assert len(held_out) == 192
+
+    cases = []
+    for example in training + held_out:
+        text = pair.tokenizer.decode(example["prompt"])
+        cases.append(tuple(re.findall(r"\d+", text)))
+    assert len(set(cases)) == 192  # four things for every sum
+    assert not set(cases[:576]) & set(cases[576:])
+    for word in ("gets", "obtains", *map(str, range(1, 25))):
+        assert len(pair.tokenizer.tokenize(" " + word)) == 1
+
+
+@pytest.mark.parametrize("part", ["student", "teacher", "prompts.jsonl", "world"])
+def test_a_pair_that_lacks_a_part_gets_a_line_that_says_to_delete_it(
+    world, tmp_path, monkeypatch, capsys, part
+):
+    # Also that of an earlier version, which had no mark of its world.
+    shutil.copytree(world / opd.PAIR, tmp_path / opd.PAIR)
+    (tmp_path / opd.PAIR / part).rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    with one_line(capsys, f"^error: {opd.PAIR} has no {part}: delete the folder"):
+        opd.run(opd.main, opd.parse_args([]))
+    assert not Path("runs/opd-1").exists()
+
+
+def test_a_pair_of_another_version_gets_a_line_that_says_to_delete_it(
+    world, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(world / opd.PAIR, tmp_path / opd.PAIR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(opd, "problem", lambda thing: thing)  # other code, other world
+    with one_line(capsys, f"^error: {opd.PAIR} was built by another version.*delete"):
+        opd.run(opd.main, opd.parse_args([]))
+
+
+def test_the_demos_settings_hold_without_a_pair_and_give_way_to_flags():
+    args = opd.parse_args(["--steps", "7"])
+    assert (args.steps, args.lr, args.batch_size) == (7, 3e-4, 12)
+    args = opd.parse_args("--student a --teacher b --prompts c".split())
+    assert (args.steps, args.lr, args.batch_size) == (200, 1e-6, 8)
