@@ -1252,7 +1252,6 @@ def parse_args(argv=None, parser=None):
     if parser is None:
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
-    add = parser.add_argument
 
     group = parser.add_argument_group("what is trained (none of the three: the demo)")
     add = group.add_argument
