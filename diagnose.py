@@ -3,18 +3,19 @@
 opd.py trains on positions that it expects to teach much. Whether they do can be seen by
 looking at the same positions twice, before training (theta0) and after it (theta1):
 
-  1. freeze   the student before training writes responses: the contexts
-  2. before   at each position of them, compare the teacher with theta0
-  3. train    opd.train, on all positions, makes theta1 of theta0; or load_trained takes
-              a student that was trained earlier (--after)
-  4. gains    compare the teacher with theta1, at the same positions: how much nearer
-              to the teacher did the student come at each?
-  5. report   which quantities of theta0 foretell these gains?
+  1. freeze          the student before training writes responses: the contexts
+  2. measure_before  at each position of them, compare the teacher with theta0
+  3. opd.train       on all positions, makes theta1 of theta0; or load_trained takes a
+                     student that was trained earlier (--after)
+  4. measure_gains   compare the teacher with theta1, at the same positions: how much
+                     nearer to the teacher did the student come at each?
+  5. report          which quantities of theta0 foretell these gains?
 
 `python diagnose.py` does all five for the demo of opd.py; `--after runs/opd-1/student`
 spares the training. Its tables are printed; a page for the browser has more.
 
-The gain G of a position is above 0 where theta1 is nearer. It has three measures:
+The gain G of a position is above 0 where theta1 is nearer. It is measured in three ways
+(some tables have a fourth, `with_relative`, which the paper's code uses):
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
@@ -63,10 +64,10 @@ def main(args):
         prompts.append(example["prompt"])
 
     batches = freeze(pair, prompts, args)  # step 1
-    scores = before(pair, batches, args)  # step 2
+    scores = measure_before(pair, batches, args)  # step 2
     if not args.after:
         opd.train(pair, training, args, out)  # step 3
-    G, later = gains(trained, batches, scores, args)  # step 4
+    G, later = measure_gains(trained, batches, scores, args)  # step 4
 
     summary = describe(len(held_out), G, args)
     report(pair, prompts, scores, G, later, summary, args, out)  # step 5
@@ -104,22 +105,24 @@ def measure_distance(student_logits, teacher_logits):  # [n, V] twice -> {measur
     }
 
 
-def at_all_positions(pair, batches, args, measure_logits):  # -> {name: [N, ...]}
-    """Call measure_logits, as opd.at_valid_positions does, on all contexts.
+def logits_in_chunks(pair, batches, args):
+    """What opd.logits_in_chunks yields, for one batch of contexts after the other.
 
     The N positions come context by context, each from left to right. That order is
     always the same, so that arrays of theta0 and theta1 can be subtracted.
     """
-    found = defaultdict(list)
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        measured = opd.at_valid_positions(
-            pair, batch, args.micro_batch_size, measure_logits
-        )
-        for name, values in measured.items():
-            if values.is_floating_point():
-                values = values.double()  # for long sums
-            found[name].append(values.cpu().numpy())
+        yield from opd.logits_in_chunks(pair, batch, args.micro_batch_size)
 
+
+def append(found, measured):  # {name: [arrays]}, {name: [n, ...] tensor}
+    for name, values in measured.items():
+        if values.is_floating_point():
+            values = values.double()  # for long sums
+        found[name].append(values.cpu().numpy())
+
+
+def join(found):  # {name: [arrays]} -> {name: [N, ...]}
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -145,28 +148,28 @@ def token_places(batches):  # -> {"id", "context", "position": [N]}
     }
 
 
-def before(pair, batches, args):  # -> {name: [N]}, and [N, 5] for the first choices
+def measure_before(
+    pair, batches, args
+):  # -> {name: [N]}, and [N, 5] for the first choices
     """Step 2: all that may explain the gains, measured at theta0 alone.
 
     Distances and entropies in nats; D and C for each K, as "D16" and "C16"; the five
     likeliest tokens of both models; and the results of `token_places`.
     """
     how_many = min(5, pair.vocab_size)
-
-    def measure_logits(student_logits, teacher_logits, tokens):
-        found = measure_distance(student_logits, teacher_logits)
-        found["H"] = opd.entropy(student_logits)
-        found["H_teacher"] = opd.entropy(teacher_logits)
+    found = defaultdict(list)
+    for student_logits, teacher_logits, _ in logits_in_chunks(pair, batches, args):
+        measured = measure_distance(student_logits, teacher_logits)
+        measured["H"] = opd.entropy(student_logits)
+        measured["H_teacher"] = opd.entropy(teacher_logits)
         for k in args.supports:
-            found[f"D{k}"] = opd.divergence(student_logits, teacher_logits, k)
-            found[f"C{k}"] = opd.compatibility(student_logits, teacher_logits, k)
-        found["student_choices"] = student_logits.topk(how_many).indices
-        found["teacher_choices"] = teacher_logits.topk(how_many).indices
-        return found
+            measured[f"D{k}"] = opd.divergence(student_logits, teacher_logits, k)
+            measured[f"C{k}"] = opd.compatibility(student_logits, teacher_logits, k)
+        measured["student_choices"] = student_logits.topk(how_many).indices
+        measured["teacher_choices"] = teacher_logits.topk(how_many).indices
+        append(found, measured)
 
-    scores = at_all_positions(pair, batches, args, measure_logits)
-    scores.update(token_places(batches))
-    return scores
+    return {**join(found), **token_places(batches)}
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
@@ -183,21 +186,22 @@ def load_trained(pair, args):  # -> Pair with the student of --after
     return pair._replace(student=student)
 
 
-def gains(trained, batches, scores, args):  # -> {measure: [N]}, {name: [N]}
+def measure_gains(trained, batches, scores, args):  # -> {measure: [N]}, {name: [N]}
     """Step 4: G, and C once more, now of theta1 ("C16_after").
 
     C of theta1 may explain nothing: it has seen the outcome. One table, `leak`, shows
     what one would conclude with it.
     """
 
-    def measure_logits(student_logits, teacher_logits, tokens):
-        found = measure_distance(student_logits, teacher_logits)
+    found = defaultdict(list)
+    for student_logits, teacher_logits, _ in logits_in_chunks(trained, batches, args):
+        measured = measure_distance(student_logits, teacher_logits)
         for k in args.supports:
-            compatibility = opd.compatibility(student_logits, teacher_logits, k)
-            found[f"C{k}_after"] = compatibility
-        return found
+            c_after = opd.compatibility(student_logits, teacher_logits, k)
+            measured[f"C{k}_after"] = c_after
+        append(found, measured)
+    later = join(found)
 
-    later = at_all_positions(trained, batches, args, measure_logits)
     G = {
         "forward_kl": scores["forward_kl"] - later.pop("forward_kl"),
         "reverse_kl": scores["reverse_kl"] - later.pop("reverse_kl"),
@@ -471,8 +475,9 @@ def leak(scores, later, G, supports, weights):  # -> rows
         }
         for name, outcome in outcomes.items():
             for when, features in features_when_c.items():
-                fit = least_squares(features, REGRESSORS, outcome, context, weights)
-                slopes = fit[0]
+                slopes, _ = least_squares(
+                    features, REGRESSORS, outcome, context, weights
+                )
                 gap = slopes["D_learn"] - slopes["D_incompat"]
                 contrast = q3_contrast(features, outcome, context, weights)
                 rows[f"{name}, C {when}, K={k}"] = {
@@ -548,55 +553,74 @@ def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows
 # ======================================================================================
 
 
-def make_table(title, reading, rows):  # -> one table of report.json
-    """`reading` says how to read it. All rows have the columns of the first."""
+def make_table(title, reading, rows, printed=None):  # -> one table of report.json
+    """`reading` says how to read it. All rows have the columns of the first.
+
+    The page shows all rows, the terminal those whose labels are `printed`.
+    """
     first_row = next(iter(rows.values()))
     return {
         "title": title,
         "reading": reading,
         "columns": list(first_row),
         "rows": {label: list(row.values()) for label, row in rows.items()},
+        "printed": list(rows) if printed is None else printed,
     }
+
+
+def with_k(rows, k):  # -> the labels that end in this K
+    return [label for label in rows if label.endswith(f"K={k}")]
 
 
 def all_tables(scores, G, later, args, decode):  # -> a list of tables
     """Everything that the report says in numbers, and how to read it."""
     weights = cluster_weights(args.contexts, args.bootstrap, args.seed)
+    k = args.top_k
+    explained = decomposition(scores, G, args.supports, weights)
+    leaked = leak(scores, later, G, args.supports, weights)
+    q3 = inside_q3(scores, G, args.supports, k, weights)
+    budgets = matched_budgets(scores, G, k, args.seed, weights)
     return [
         make_table(
             "What explains G?",
             "By how many standard deviations G rises with one more of each. Gap > 0: "
-            "learnable disagreement is learned more. The paper, forward_kl: .086 to "
-            ".087, .043 to .045. R2: share of G explained; R2, D: with D unsplit.",
-            decomposition(scores, G, args.supports, weights),
+            "learnable disagreement is learned more. The paper has, in forward_kl, "
+            "D_learn .086 to .087 and D_incompat .043 to .045. R2 is the share of G "
+            "that is explained; R2, D: with D unsplit.",
+            explained,
+            printed=with_k(explained, k),
         ),
         make_table(
             "If C were measured after training",
             "C before: as in the tables above and below. C after is a leak: what was "
             "learned stands in the trained student's top K by then, so C knows already "
             "what it is asked to foretell. Only C before can choose positions.",
-            leak(scores, later, G, args.supports, weights),
+            leaked,
+            printed=with_k(leaked, k),
         ),
         make_table(
             "Sure, yet in disagreement (Q3)",
             "Mean G of positions with H at most, D at least its median. Top - bottom "
             "> 0: where the teacher's advice is more compatible, more is gained.",
-            inside_q3(scores, G, args.supports, args.top_k, weights),
+            q3,
+            printed=with_k(q3, k)[:1],
         ),
         make_table(
             "Rank correlation with G",
             "Spearman's: 1 if ordered by gain, 0 if unrelated. D is raw disagreement.",
-            rank_correlations(scores, G, args.top_k, weights),
+            rank_correlations(scores, G, k, weights),
         ),
         make_table(
             "Mean G of what is kept",
             "Of the positions that each method would keep, equally many for each.",
-            matched_budgets(scores, G, args.top_k, args.seed, weights),
+            budgets,
+            printed=[label for label in budgets if label.startswith("10")],
         ),
         make_table(
             f"What each method keeps at {args.budget:.0%}",
             "Its most frequent tokens, and their share.",
-            kept_tokens(scores, args.top_k, args.budget, args.seed, decode),
+            kept_tokens(scores, k, args.budget, args.seed, decode),
+            printed=[],
         ),
     ]
 
@@ -607,6 +631,8 @@ def describe(held_out, G, args):  # number of held-out prompts -> a sentence
     text += f"{held_out} held-out prompts"
     if held_out < args.contexts:
         text += ", some repeated"
+    if args.after:
+        text += f"; theta1 is {args.after}"
     if not G["forward_kl"].any():
         text += "; G is 0 everywhere: this student has not changed"
     return text + "."
@@ -620,19 +646,11 @@ def cell_text(cell):
     return f"{cell['value']:+.3f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
 
 
-def is_for_page_only(label, top_k):  # the label of a row
-    has_other_k = "K=" in label and not label.endswith(f"K={top_k}")
-    has_other_budget = label.startswith(("3%", "5%"))
-    is_quarter = "quarter" in label
-    return has_other_k or has_other_budget or is_quarter
-
-
-def as_text(table, top_k):  # -> its main rows, for a terminal of 100 columns
+def as_text(table):  # -> its main rows, for a terminal of 100 columns
     grid = [[table["title"], *table["columns"]]]
-    for label, cells in table["rows"].items():
-        if not is_for_page_only(label, top_k):
-            texts = [cell_text(cell) for cell in cells]
-            grid.append([label, *texts])
+    for label in table["printed"]:
+        texts = [cell_text(cell) for cell in table["rows"][label]]
+        grid.append([label, *texts])
 
     widths = []
     for column in range(len(grid[0])):
@@ -692,9 +710,10 @@ def report(pair, prompts, scores, G, later, summary, args, out):
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
     print(summary)
-    for table in tables[:-1]:  # the last one, of tokens, is for the page alone
-        print()
-        print(as_text(table, args.top_k))
+    for table in tables:
+        if table["printed"]:
+            print()
+            print(as_text(table))
     print()
     print(f"report.html, report.json and positions.jsonl are in {out}")
     print("The page has more: other K and budgets, Q3 by quarters, tokens kept, a map.")

@@ -19,13 +19,13 @@ One training step (the loop in `train`):
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. "Top K" always means the K likeliest tokens, on which D and C are measured;
-sampling is never filtered. Sections are the paper's.
+sampling is never filtered. Names and formulas are the paper's.
 
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
 
-The method is in parts 1 to 3. Parts 4 to 6 (files, checks, the demo, flags) can wait.
-Left out on purpose: several GPUs, LoRA, inference servers, activation checkpointing.
+The method is in parts 1 to 3. Parts 4 to 6 (checks, files, the demo, flags) can wait.
+Left out on purpose: several GPUs, LoRA, inference servers.
 """
 
 import argparse
@@ -50,9 +50,9 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
-METHODS = (  # what --select keeps; all but the first two are there to compare with
-    "full",  # every position: plain on-policy distillation
-    "teachability",  # D * C
+METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
+    "full",  # nothing: every position is kept. Plain on-policy distillation
+    "teachability",  # D * C: the method of the paper
     "teachability_entropy",  # H or D * C
     "entropy",  # H
     "divergence",  # D
@@ -70,7 +70,7 @@ LOSSES = ("reverse_kl", "forward_kl", "sampled")
 
 
 def entropy(logits):  # [..., V] -> [...]
-    """H = -sum_v p(v) log p(v), in nats, over the full vocabulary (section 2)."""
+    """H = -sum_v p(v) log p(v), in nats, over the full vocabulary."""
     logp = logits.float().log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
@@ -97,10 +97,11 @@ def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 
 
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """D = KL(q on U || p on U), in nats: how much both models disagree (section 3.2).
+    """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
     U is the union of the student's and the teacher's top K tokens. On it, p and q are
-    renormalised, so that each sums to one there. ValueError for k < 1.
+    renormalised, so that each sums to one there. It is a forward KL, as D asks what the
+    teacher wants; the loss asks what the student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -109,7 +110,8 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     teacher_top = teacher_logits.topk(k).indices  # [..., K]
     union = torch.cat([student_top, teacher_top], -1)  # [..., 2K]
 
-    # A token in both sets stands in `union` twice. Its second copy must not count.
+    # A token in both sets stands in `union` twice. Its second copy must not count. So
+    # each teacher token is compared with all of the student's: [..., K, K] -> [..., K].
     in_both = (teacher_top[..., :, None] == student_top[..., None, :]).any(-1)
     is_copy = torch.cat([torch.zeros_like(in_both), in_both], -1)  # [..., 2K]
 
@@ -123,7 +125,7 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
 
 
 def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """C = sum of q(v) over the student's top K tokens v, in [0, 1] (section 3.2).
+    """C = sum of q(v) over the student's top K tokens v, in [0, 1].
 
     The share of the teacher's wishes that the student considers. ValueError for k < 1.
     """
@@ -138,7 +140,7 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over the valid positions.
 
-    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12 (section 3.2).
+    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12.
     """
     valid = values[mask].float().cpu().numpy()
     if len(valid) == 0:
@@ -154,34 +156,37 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
-    """A number for each position, by which `method` ranks: high is kept first (3.3).
+    """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws
-    from `generator`, on the CPU. ValueError for an unknown method.
+    `scores` holds raw values, of those of "entropy", "divergence" and "compatibility"
+    that the method needs. "random" draws from `generator`, on the CPU. ValueError for an
+    unknown method.
     """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
+    if method == "full":
+        return torch.zeros(mask.shape, device=mask.device)  # all are kept in any order
+    if method == "entropy":
+        return robust_normalize(scores["entropy"], mask)
+    if method == "divergence":
+        return robust_normalize(scores["divergence"], mask)
+    if method == "compatibility":
+        return robust_normalize(scores["compatibility"], mask)
 
-    h = robust_normalize(scores["entropy"], mask)
+    # Disagreement splits into two parts that add up to d: the teacher reweights tokens
+    # that the student considers, or it wants others.
     d = robust_normalize(scores["divergence"], mask)
     c = robust_normalize(scores["compatibility"], mask)
-    learnable = d * c  # the teacher reweights tokens that the student considers
-    incompatible = d * (1 - c)  # the teacher wants other tokens; the two add up to d
-
-    if method == "full":
-        return torch.zeros_like(d)  # no order is needed, as all are kept
+    learnable = d * c
+    incompatible = d * (1 - c)
     if method == "teachability":
         return learnable
     if method == "incompatible":
         return incompatible
-    if method == "entropy":
-        return h
-    if method == "divergence":
-        return d
-    if method == "compatibility":
-        return c
 
-    # A soft OR, h + d - h * d, in a form that is exactly 1 where h or d is 1.
+    # A soft OR, h + d - h * d. In this form it is exactly 1 where h or d is 1, so that
+    # such positions tie, and rounding does not order them.
+    h = robust_normalize(scores["entropy"], mask)
     if method == "tip":
         return 1 - (1 - h) * (1 - d)
     if method == "teachability_entropy":
@@ -191,10 +196,11 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
-    """Keep the ceil(budget * N) best of the batch's N valid positions (section 3.3).
+    """Keep the ceil(budget * N) best of the batch's N valid positions.
 
-    Ties go to the earlier position, row by row. A response of which nothing was kept
-    then gets its best position, too. ValueError for a budget outside (0, 1].
+    Ties go to the earlier position, row by row. Then each response of which nothing was
+    kept gets its best position, which may exceed the budget. ValueError for a budget
+    outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -209,6 +215,7 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     keep[kept] = True
     keep = keep.view_as(mask)
 
+    # masked_fill: padding is never the best.
     best_of_response = ranks.float().masked_fill(~mask, -math.inf).argmax(-1)  # [B]
     left_out = mask.any(-1) & ~keep.any(-1)  # [B]
     keep[left_out, best_of_response[left_out]] = True
@@ -241,6 +248,15 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 # ======================================================================================
 
 
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():  # matrix products in bf16, on a GPU that can; nothing on a CPU
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made and checked by `load_pair`."""
 
@@ -253,11 +269,11 @@ class Pair(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A batch of sampled responses."""
+    """A batch of sampled responses, with padding before prompts and after ends."""
 
-    ids: torch.Tensor  # [B, P + R] padding on the left, prompt, response
+    ids: torch.Tensor  # [B, P + R] prompt and response
     attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
-    responses: torch.Tensor  # [B, R] the sampled token ids, padded on the right
+    responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
@@ -272,19 +288,10 @@ def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
     return ends_before == 0
 
 
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():  # matrix products in bf16 on a GPU that can; no effect on a CPU
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
 def generate(model, ids, attention, settings):
     """model.generate() with these settings and no others."""
     # What they leave unset, it would take from the checkpoint's own generation config
-    # (top_k=20, a repetition penalty, ...). So that one steps aside for a moment.
+    # (top_k=20, a repetition penalty, ...). So that one is replaced for a moment, too.
     own_config = model.generation_config
     model.generation_config = settings
     try:
@@ -300,7 +307,7 @@ def generate(model, ids, attention, settings):
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter."""
     longest = max(len(prompt) for prompt in prompts)
-    padding_id = pair.end_ids[0] if pair.end_ids else 0
+    padding_id = pair.end_ids[0] if pair.end_ids else 0  # any id does
     ids = []
     attention = []
     for prompt in prompts:
@@ -310,7 +317,8 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
     attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
 
-    # Some models have output rows beyond the shared vocabulary: never sample those.
+    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer. The last ones are no
+    # tokens: never sample what only one model has.
     output_rows = len(pair.student.get_output_embeddings().weight)
     beyond = set(range(pair.vocab_size, output_rows)) - set(pair.end_ids)
 
@@ -323,14 +331,16 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         eos_token_id=pair.end_ids or None,
         pad_token_id=padding_id,
         suppress_tokens=sorted(beyond) or None,
-        remove_invalid_values=True,  # nan must not stop us here: `update` reports it
+        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, longest:]  # [B, R]
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
-    responses = responses.masked_fill(is_end, padding_id)  # one id for all ends
+
+    # However a response ended, it is one event, with one id: see `next_token_logits`.
+    responses = responses.masked_fill(is_end, padding_id)
     return Rollout(
         ids=torch.cat([ids[:, :longest], responses], -1),
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
@@ -340,7 +350,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def split(batch, size):  # -> micro-batches of `size` responses
+def micro_batches(batch, size):  # -> Rollouts of `size` responses
     parts = []
     for start in range(0, len(batch.ids), size):
         rows = slice(start, start + size)
@@ -355,19 +365,23 @@ def split(batch, size):  # -> micro-batches of `size` responses
     return parts
 
 
+# The logits of a whole batch take 4 * B * R * V bytes, several times over: with a real
+# vocabulary, more than a GPU has. So the models run only to their last hidden states.
+# Logits are then made, used and freed for a chunk of positions at a time.
+
+
 def hidden_states(model, batch):  # -> [B, R, E]
     """The model's last hidden states, each at the place of the token it predicts."""
     # Rotary models do not mind, but GPT-2's learned positions must not count padding.
     positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
     with autocast():
-        hidden = model.base_model(
+        output = model.base_model(
             batch.ids,
             attention_mask=batch.attention,
             position_ids=positions,
             use_cache=False,
-        )[
-            0
-        ]  # [B, P + R, E]
+        )
+    hidden = output.last_hidden_state  # [B, P + R, E]
 
     # The state at one token predicts the next. So the R states that predict the
     # response begin at the prompt's last token, and end one before the response's last.
@@ -389,52 +403,55 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     if len(pair.end_ids) < 2:
         return shared
 
-    ends = [end for end in pair.end_ids if end < logits.shape[-1]]
-    columns = [end for end in pair.end_ids if end < pair.vocab_size]
+    # log of a sum of exp, over the end tokens that this model has, maybe beyond V.
+    own_ends = [end for end in pair.end_ids if end < logits.shape[-1]]
+    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
+
+    # It stands in the first end's column. The others get probability 0: with -1e30, as
+    # an inf could make a nan.
+    shared_ends = [end for end in pair.end_ids if end < pair.vocab_size]
     merged = shared.clone()
-    merged[:, columns] = -1e30  # probability 0, and no inf that could make a nan
-    merged[:, columns[0]] = logits[:, ends].logsumexp(-1)  # log of the sum of exp
+    merged[:, shared_ends] = -1e30
+    merged[:, pair.end_ids[0]] = any_end
     return merged
 
 
-# All logits of a batch at once would take 4 * B * R * V bytes, several times over. So
-# they are made, used and freed in chunks of positions: 64 MiB for each model.
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
-def chunks(pair, positions):  # -> slices of as many positions as fit
+def chunks(pair, positions):  # -> slices of as many positions as may be had at once
     size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
     return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 @torch.no_grad()
-def at_valid_positions(pair, batch, micro_batch_size, measure_logits):  # -> {name: [N]}
-    """Call measure_logits(student_logits, teacher_logits, tokens) -> {name: [n]}."""
-    found = defaultdict(list)
-    for part in split(batch, micro_batch_size):
+def logits_in_chunks(pair, batch, micro_batch_size):
+    """Yield (student_logits [n, V], teacher_logits [n, V], tokens [n]), chunk by chunk.
+
+    All N valid positions of the batch, row by row, and the tokens sampled there.
+    """
+    for part in micro_batches(batch, micro_batch_size):
         student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
         teacher_hidden = hidden_states(pair.teacher, part)[part.mask]
         tokens = part.responses[part.mask]  # [n]
-
-        for chunk in chunks(pair, len(student_hidden)):
-            measured = measure_logits(
+        for chunk in chunks(pair, len(tokens)):
+            yield (
                 next_token_logits(pair, pair.student, student_hidden[chunk]),
                 next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
                 tokens[chunk],
             )
-            for name, values in measured.items():
-                found[name].append(values)
-
-    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     """What is measured at n positions: [n, V] logits, [n] sampled tokens.
 
-    Whatever you add here, a selection rule can use, and the log shows its mean.
+    Whatever you add here, a selection rule can use, and the log shows its mean. (No
+    measure uses the tokens yet. Yours may: log q(y) - log p(y), for instance.)
     """
     return {
-        "kl_all": reverse_kl(student_logits, teacher_logits),
+        "kl_all": reverse_kl(
+            student_logits, teacher_logits
+        ),  # to be watched in the log
         "entropy": entropy(student_logits),
         "divergence": divergence(student_logits, teacher_logits, k),
         "compatibility": compatibility(student_logits, teacher_logits, k),
@@ -443,37 +460,43 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
 
 def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
     """`measure` at every valid position of the batch, without gradient; 0 elsewhere."""
-
-    def measure_logits(student_logits, teacher_logits, tokens):
-        return measure(student_logits, teacher_logits, tokens, k)
+    found = defaultdict(list)
+    all_chunks = logits_in_chunks(pair, batch, micro_batch_size)
+    for student_logits, teacher_logits, tokens in all_chunks:
+        measured = measure(student_logits, teacher_logits, tokens, k)
+        for name, values in measured.items():
+            found[name].append(values)
 
     scores = {}
-    measured = at_valid_positions(pair, batch, micro_batch_size, measure_logits)
-    for name, values in measured.items():
+    for name, parts in found.items():
+        values = torch.cat(parts)  # [N]
         grid = torch.zeros(batch.mask.shape, device=values.device)
-        grid[batch.mask] = values
+        grid[batch.mask] = values.float()
         scores[name] = grid
     return scores
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions: [n, E], [n, E'], [n] -> a number."""
+    """Sum of the losses at n positions, from [n, E] hidden states of both models."""
     student_logits = next_token_logits(pair, pair.student, student_hidden)
-    teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
+    with torch.no_grad():
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
     return token_loss(kind, student_logits, teacher_logits, tokens).sum()
 
 
 def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
-    Returns that mean and the norm of its gradient before clipping. If either is not
-    finite, no step is taken: FloatingPointError.
+    Both models run once more, now that it is known which positions need a gradient;
+    `select` keeps at least one of each response. Returns the mean loss, and the norm of
+    its gradient before clipping. If either is not finite, no step is taken:
+    FloatingPointError.
     """
     # The divisor counts the whole batch. With a mean for each micro-batch, a position
     # would weigh more where few others were kept.
     number_kept = keep.sum()
     mean_loss = 0.0
-    parts = split(batch, micro_batch_size)
+    parts = micro_batches(batch, micro_batch_size)
     for part, keep_part in zip(parts, keep.split(micro_batch_size)):
         student_hidden = hidden_states(pair.student, part)[keep_part]  # [n, E]
         with torch.no_grad():
@@ -536,7 +559,7 @@ def train(pair, examples, args, out, state=None, rule=None):
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
-        step_seed = args.seed * 1_000_003 + step
+        step_seed = args.seed * 1_000_003 + step  # another one for each run and step
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
         prompts = []
@@ -614,16 +637,6 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     Share of right answers, KL and entropy in nats, share of positions where both models
     agree on the likeliest token, length in tokens, share cut off by the length limit.
     """
-
-    def measure_logits(student_logits, teacher_logits, tokens):
-        same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-        return {
-            "reverse_kl": reverse_kl(student_logits, teacher_logits),
-            "forward_kl": forward_kl(student_logits, teacher_logits),
-            "entropy": entropy(student_logits),
-            "agreement": same_first.float(),
-        }
-
     torch.manual_seed(args.seed)
     right = []
     lengths = []
@@ -646,9 +659,17 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        values = at_valid_positions(pair, batch, args.micro_batch_size, measure_logits)
-        for name in values:
-            measured[name].append(values[name])
+        all_chunks = logits_in_chunks(pair, batch, args.micro_batch_size)
+        for student_logits, teacher_logits, _ in all_chunks:
+            same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+            found = {
+                "reverse_kl": reverse_kl(student_logits, teacher_logits),
+                "forward_kl": forward_kl(student_logits, teacher_logits),
+                "entropy": entropy(student_logits),
+                "agreement": same_first.float(),
+            }
+            for name, values in found.items():
+                measured[name].append(values)
 
     means = {}
     if right:
@@ -790,7 +811,6 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> 
 
     check_vocabularies(tokenizer, teacher_tokenizer)
 
-    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer; the last ones pad.
     student_rows = len(student.get_output_embeddings().weight)
     teacher_rows = len(teacher.get_output_embeddings().weight)
     vocab_size = min(student_rows, teacher_rows)
@@ -1120,9 +1140,8 @@ def problem(
     hour = start
     sentences = []
     for ordinal in ("First", "Second", "Third", "Fourth"):
-        is_hard = (
-            random.Random(100 * hour + step).random() < 0.5
-        )  # the same sums for ever
+        # Which sums are hard is drawn once and for all: it depends on the sum alone.
+        is_hard = random.Random(100 * hour + step).random() < 0.5
         total = hour + step
         if is_hard and rng.random() < slips:
             total += 1
@@ -1143,7 +1162,7 @@ def build_pair():
 
     The teacher adds well and writes "obtains" in 70 % of the places. The smaller
     student slips in 70 % of the hard sums. It reads "obtains" and never learns to write
-    it. A quarter of the sums is held out from everything.
+    it. A quarter of the prompts is held out from everything.
     """
     rng = random.Random(0)
     sums = [(start, step) for start in range(1, 25) for step in range(2, 10)]
