@@ -158,9 +158,9 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds raw values, of those of "entropy", "divergence" and "compatibility"
-    that the method needs. "random" draws from `generator`, on the CPU. ValueError for an
-    unknown method.
+    `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
+    that the method needs. "random" draws from `generator`, on the CPU. ValueError for
+    an unknown method.
     """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
@@ -1129,10 +1129,8 @@ DEMO = {
 }
 
 
-def problem(
-    thing, start, step, rng, slips=0.0, style=0.0
-):  # -> prompt, response, answer
-    """Four sums on a clock of 24 hours, and a response that works them out.
+def problem(thing, start, step, rng, slips=0.0, style=0.0):
+    """Four sums on a clock of 24 hours -> prompt, response, answer.
 
     Half of all sums are hard: of these, a share `slips` comes out one too high. In a
     share `style` of the sums, the response says "obtains" in place of "gets".

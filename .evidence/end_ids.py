@@ -4,6 +4,7 @@ The demo's teacher is changed in one thing: it ends with a token of its own, whi
 student never uses. Then the student is trained, once with both ends scored as one event,
 as opd.py does, and once with each end scored as the token that it is.
 
+    python .evidence/end_ids.py build          # that teacher, in runs/ends/teacher
     python .evidence/end_ids.py together 0     # seed 0, into runs/ends/together-0
     python .evidence/end_ids.py apart 0
     python .evidence/end_ids.py                # a table of all finished runs
@@ -13,8 +14,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, ".")
 import opd
@@ -42,8 +41,6 @@ def logits_with_ends_apart(pair, model, hidden):  # in place of opd.next_token_l
 
 
 def train(how, seed):
-    if not TEACHER.exists():
-        build_teacher()
     if how == "apart":
         opd.next_token_logits = logits_with_ends_apart
     flags = {**opd.DEMO, "teacher": TEACHER, "select": "full", "seed": seed}
@@ -68,8 +65,10 @@ def show(how):
 
 
 if len(sys.argv) == 3:
-    torch.set_num_threads(1)
-    opd.run(train, sys.argv[1], sys.argv[2])
+    opd.run(train, sys.argv[1], int(sys.argv[2]))
+elif sys.argv[1:] == ["build"]:
+    if not TEACHER.exists():
+        opd.run(build_teacher)
 else:
     print("| ends scored | seeds | right | length | cut off | reverse KL |")
     print("|---|---|---|---|---|---|")

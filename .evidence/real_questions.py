@@ -1,10 +1,12 @@
 """Short questions for the pair of README section 4, in runs/real/questions.jsonl. Each
 is a chat in which two others of its kind are answered in one word. No question comes
 twice: the last 200 lines, to be held out, ask nothing that the lines before ask."""
+
 import json, random
 
 SHOTS = 2  # of each kind, the first so many show how to answer and are never asked
-tables = {"What is the plural of {}?": """
+tables = {
+    "What is the plural of {}?": """
 cat cats, box boxes, baby babies, child children, man men, woman women, foot feet, tooth
 teeth, mouse mice, goose geese, leaf leaves, knife knives, wife wives, life lives, wolf
 wolves, half halves, shelf shelves, loaf loaves, thief thieves, city cities, lady
@@ -15,7 +17,7 @@ trees, house houses, star stars, apple apples, river rivers, day days, key keys,
 toys, monkey monkeys, book books, table tables, brush brushes, class classes, lion
 lions, fly flies, cherry cherries, lake lakes, road roads, king kings, window windows,
 peach peaches""",
-          "What is the past tense of {}?": """
+    "What is the past tense of {}?": """
 go went, walk walked, sing sang, eat ate, drink drank, run ran, see saw, take took, give
 gave, come came, begin began, break broke, speak spoke, write wrote, ride rode, drive
 drove, rise rose, fall fell, fly flew, grow grew, know knew, throw threw, blow blew,
@@ -27,7 +29,7 @@ chose, freeze froze, steal stole, wear wore, tear tore, forget forgot, shake sho
 become became, hear heard, lead led, feed fed, play played, ask asked, help helped, look
 looked, jump jumped, live lived, like liked, stop stopped, carry carried, study studied,
 try tried, cry cried, love loved, open opened, close closed""",
-          "What is the comparative of {}?": """
+    "What is the comparative of {}?": """
 big bigger, small smaller, happy happier, fast faster, slow slower, high higher, low
 lower, old older, young younger, rich richer, poor poorer, sad sadder, dark darker,
 early earlier, late later, wet wetter, full fuller, hard harder, soft softer, near
@@ -37,7 +39,7 @@ taller, deep deeper, sharp sharper, warm warmer, cold colder, hot hotter, easy e
 pretty prettier, funny funnier, nice nicer, safe safer, large larger, kind kinder, cheap
 cheaper, bright brighter, quick quicker, good better, bad worse, smart smarter, busy
 busier""",
-          "On which continent is {}?": """
+    "On which continent is {}?": """
 France Europe, Japan Asia, Egypt Africa, Italy Europe, Spain Europe, Germany Europe,
 Greece Europe, Portugal Europe, Austria Europe, Poland Europe, Hungary Europe, Norway
 Europe, Sweden Europe, Finland Europe, Denmark Europe, Ireland Europe, Belgium Europe,
@@ -48,7 +50,7 @@ Malaysia Asia, Kenya Africa, Ghana Africa, Nigeria Africa, Senegal Africa, Ugand
 Africa, Sudan Africa, Somalia Africa, Angola Africa, Zambia Africa, Libya Africa,
 Morocco Africa, Ethiopia Africa, Mali Africa, Niger Africa, Chad Africa, Algeria Africa,
 Tunisia Africa""",
-          "What do we call a person from {}?": """
+    "What do we call a person from {}?": """
 France French, Japan Japanese, Egypt Egyptian, Italy Italian, Spain Spanish, Germany
 German, Russia Russian, China Chinese, Greece Greek, Portugal Portuguese, Austria
 Austrian, Poland Polish, Hungary Hungarian, Norway Norwegian, Sweden Swedish, Finland
@@ -58,7 +60,8 @@ Australia Australian, Turkey Turkish, Vietnam Vietnamese, Belgium Belgian, Ukrai
 Ukrainian, Romania Romanian, Bulgaria Bulgarian, Colombia Colombian, Jordan Jordanian,
 Libya Libyan, Morocco Moroccan, Ghana Ghanaian, Nigeria Nigerian, Mexico Mexican, Brazil
 Brazilian, India Indian, Israel Israeli, Ethiopia Ethiopian, Pakistan Pakistani, Lebanon
-Lebanese"""}
+Lebanese""",
+}
 questions = {}
 for ask, table in tables.items():
     pairs = " ".join(table.split()).split(", ")
@@ -68,8 +71,11 @@ dice = random.Random(0)
 ones = "one two three four five six seven eight nine".split()
 tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 names = {10 * i: ten for i, ten in enumerate(tens, 2)}
-names |= {number + i: f"{ten}-{one}" for number, ten in list(names.items())
-          for i, one in enumerate(ones, 1)}
+names |= {
+    number + i: f"{ten}-{one}"
+    for number, ten in list(names.items())
+    for i, one in enumerate(ones, 1)
+}
 numbers = dice.sample(sorted(names), len(names))
 questions["Write the number {} in digits."] = [(names[n], str(n)) for n in numbers]
 numbers = dice.sample(range(20, 200), 160)

@@ -2,8 +2,10 @@
 # All runs behind the README's evidence, two at a time with one thread each, and tables.
 # Called again after an interruption, it goes on with the runs that are not finished.
 #
-#   bash .evidence/runs.sh embedded
-#   bash .evidence/runs.sh real
+#   bash .evidence/runs.sh embedded    the demo's pair: all methods
+#   bash .evidence/runs.sh ends        the same, with a teacher that ends in its own way
+#   bash .evidence/runs.sh real        SmolLM2 and its pruned student: reverse KL
+#   bash .evidence/runs.sh questions   the same: right answers to short questions
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -82,23 +84,57 @@ real_diagnoses() {  # the same contexts for all, as --seed is not given
   done
 }
 
+# The same pair, three seeds: short questions, so that there are right answers to count.
+
+questions_runs() {
+  flags="--student runs/real/student --teacher runs/real/teacher"
+  flags+=" --prompts runs/real/questions.jsonl --eval-prompts 200 --temperature 0.5"
+  flags+=" --batch-size 4 --max-new-tokens 8 --lr 5e-5 --steps 24"
+  for seed in 0 1 2; do
+    train questions full 1 $seed "$flags"
+    for method in teachability random divergence entropy; do
+      train questions $method 0.1 $seed "$flags"
+    done
+  done
+}
+
+questions_diagnoses() { :; }
+
+# The demo's pair with a teacher that ends in its own way, five seeds.
+
+ends_runs() {
+  for seed in 0 1 2 3 4; do
+    for how in apart together; do
+      if [ ! -e runs/ends/$how-$seed/summary.json ]; then
+        echo "rm -rf runs/ends/$how-$seed; python .evidence/end_ids.py $how $seed"
+      fi
+    done
+  done
+}
+
+ends_diagnoses() { :; }
+
 # Build the models that are missing, run what is missing, print the tables.
 
 case ${1:-} in
-  embedded)
+  embedded | ends)
     base=runs
     if [ ! -e runs/pair ]; then
       python opd.py --steps 1
     fi
+    if [ $1 = ends ]; then
+      python .evidence/end_ids.py build
+    fi
     ;;
-  real)
+  real | questions)
     base=runs/real
     if [ ! -e runs/real/contexts.jsonl ]; then
       python .evidence/real_pair.py
+      python .evidence/real_questions.py
     fi
     ;;
   *)
-    echo "usage: bash .evidence/runs.sh embedded|real" >&2
+    echo "usage: bash .evidence/runs.sh embedded|ends|real|questions" >&2
     exit 2
     ;;
 esac
@@ -107,10 +143,18 @@ for part in runs diagnoses; do
   $1_$part | tr '\n' '\0' | xargs -0 -r -n 1 -P 2 bash -c > /dev/null
 done
 
-python .evidence/compare.py $base/evidence/*
-if [ $1 = embedded ]; then
-  python .evidence/compare.py runs/late/*
-  python .evidence/house_word.py runs/late/*/student \
-    runs/evidence/full-1-0/student runs/evidence/teachability-0.1-0/student
-fi
-python .evidence/tables.py $base/diagnoses/*
+case $1 in
+  embedded)
+    python .evidence/compare.py runs/evidence/*
+    python .evidence/compare.py runs/late/*
+    python .evidence/house_word.py runs/late/*/student \
+      runs/evidence/full-1-0/student runs/evidence/teachability-0.1-0/student
+    python .evidence/tables.py runs/diagnoses/*
+    ;;
+  ends) python .evidence/end_ids.py ;;
+  real)
+    python .evidence/compare.py runs/real/evidence/*
+    python .evidence/tables.py runs/real/diagnoses/*
+    ;;
+  questions) python .evidence/compare.py runs/real/questions/* ;;
+esac
