@@ -709,14 +709,12 @@ def report(pair, prompts, scores, G, later, summary, args, out):
     responses = token_map(prompts, scores, G, args.top_k, decode)
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
-    print(summary)
+    opd.show(summary)
     for table in tables:
         if table["printed"]:
-            print()
-            print(as_text(table))
-    print()
-    print(f"report.html, report.json and positions.jsonl are in {out}")
-    print("The page has more: other K and budgets, Q3 by quarters, tokens kept, a map.")
+            opd.show("\n" + as_text(table))
+    opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
+    opd.show("The page has more: other K and budgets, quarters, tokens kept, a map.")
 
 
 # ======================================================================================

@@ -489,8 +489,8 @@ def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, no
 
     Both models run once more, now that it is known which positions need a gradient;
     `select` keeps at least one of each response. Returns the mean loss, and the norm of
-    its gradient before clipping. If either is not finite, no step is taken:
-    FloatingPointError.
+    its gradient, before that is clipped to norm 1. If either is not finite, no step is
+    taken: FloatingPointError.
     """
     # The divisor counts the whole batch. With a mean for each micro-batch, a position
     # would weigh more where few others were kept.
@@ -749,6 +749,8 @@ def check_logits(model):
     some cap or scale their logits, some are recurrent and read the padding.
     """
     config = model.config.get_text_config()
+    if model.base_model is model:
+        raise ValueError(f"{config.model_type} models do not show their hidden states")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
             raise ValueError(f"{config.model_type} models change logits by {name}")
@@ -818,9 +820,8 @@ def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> 
     # A base student may end the way its chat teacher does. In order, so that the first
     # lies in the shared vocabulary if any does.
     end_ids = sorted(student_ends | teacher_ends)
-    if not end_ids or end_ids[0] >= student_rows:
-        warn("the student has no token that ends a response; all run to the limit")
     if not end_ids or end_ids[0] >= vocab_size:
+        warn("no token that ends a response is known to both; all run to the limit")
         end_ids = []
     return Pair(student, teacher, tokenizer, end_ids, vocab_size, temperature)
 
@@ -1072,10 +1073,16 @@ def new_folder(out, name):  # -> Path: --out, or the first free runs/NAME-N
 
 def resume_settings(args, examples):  # -> {flag: what it must still be on --resume}
     settings = vars(args).copy()
-    for name in ("steps", "out", "device", "resume", "save_every"):
+    for name in (
+        "steps",
+        "micro_batch_size",
+        "eval_prompts",  # in so far as it changes the examples
+        "device",
+        "out",
+        "save_every",
+        "resume",
+    ):
         settings.pop(name)
-    settings.pop("micro_batch_size")
-    settings.pop("eval_prompts")  # in so far as it changes the examples
     text = json.dumps(examples)
     settings["prompts"] = hashlib.sha256(text.encode()).hexdigest()
     return settings
@@ -1095,19 +1102,16 @@ def load_state(folder):  # -> what `train` handed to `save`
 
 def check_state(state, args, examples):
     """ValueError, naming the flag, if the resumed run would not be the same run."""
-    before = state["settings"]
     now = resume_settings(args, examples)
-    for name in now:
-        flag = "--" + name.replace("_", "-")
-        if name == "prompts" and now[name] != before.get(name):
+    for name, was in state["settings"].items():
+        if now[name] == was:
+            continue
+        if name == "prompts":
             raise ValueError(
                 "--resume: --prompts, or --eval-prompts, differ from before"
             )
-        if now[name] != before.get(name):
-            was = before.get(name)
-            raise ValueError(
-                f"--resume: {flag} was {was} before and is {now[name]} now"
-            )
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"--resume: {flag} was {was} before and is {now[name]} now")
     if args.steps <= state["step"]:
         raise ValueError(f"--steps {args.steps}: that save is of step {state['step']}")
 
@@ -1365,12 +1369,6 @@ def prepare(args):  # -> Pair, training examples, held-out examples
     pair = load_pair(student_path, args.teacher, args.temperature, args.device)
 
     examples = read_prompts(args.prompts, pair, args.max_new_tokens)
-    needed = args.batch_size + args.eval_prompts
-    if len(examples) < needed:
-        raise ValueError(
-            f"{args.prompts} has {len(examples)} prompts; "
-            f"--batch-size and --eval-prompts need {needed}"
-        )
     held_out = examples[-args.eval_prompts :]
     unseen = {tuple(example["prompt"]) for example in held_out}
     training = []
@@ -1385,7 +1383,8 @@ def prepare(args):  # -> Pair, training examples, held-out examples
         )
     if len(training) < args.batch_size:
         raise ValueError(
-            f"{args.prompts}: only {len(training)} prompts are not held out"
+            f"{args.prompts} has {len(examples)} prompts, and {len(training)} are left to "
+            f"train on; --batch-size and --eval-prompts ask for more"
         )
     return pair, training, held_out
 
@@ -1450,8 +1449,6 @@ def run(program, *arguments):
         fail(str(stop) or "interrupted; what had been saved is intact", 130)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --micro-batch-size, then --batch-size", 1)
-    except BrokenPipeError:  # of `| head`; all files are written by then
-        sys.stderr.close()
     except (FloatingPointError, OSError) as error:
         fail(error, 1)
     except ValueError as error:
