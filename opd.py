@@ -1383,8 +1383,8 @@ def prepare(args):  # -> Pair, training examples, held-out examples
         )
     if len(training) < args.batch_size:
         raise ValueError(
-            f"{args.prompts} has {len(examples)} prompts, and {len(training)} are left to "
-            f"train on; --batch-size and --eval-prompts ask for more"
+            f"{args.prompts} has {len(examples)} prompts, {len(training)} of them to train "
+            "on; --batch-size and --eval-prompts ask for more"
         )
     return pair, training, held_out
 
