@@ -1160,31 +1160,34 @@ def problem(thing, start, step, rng, slips=0.0, style=0.0):
 
 
 def build_pair():
-    """Train both models of the demo, once: a few minutes.
+    """Train both models of the demo, once, in a minute or two, into runs/pair.
 
     The teacher adds well and writes "obtains" in 70 % of the places. The smaller
     student slips in 70 % of the hard sums. It reads "obtains" and never learns to write
     it. A quarter of the prompts is held out from everything.
     """
     rng = random.Random(0)
-    sums = [(start, step) for start in range(1, 25) for step in range(2, 10)]
-    rng.shuffle(sums)
+    starts_and_steps = [
+        (start, step) for start in range(1, 25) for step in range(2, 10)
+    ]
+    rng.shuffle(starts_and_steps)
     cases = []
-    for start, step in sums:
+    for start, step in starts_and_steps:
         for thing in ("bus", "ship", "train", "comet"):
             cases.append((thing, start, step))
     training_cases = cases[: -DEMO["eval_prompts"]]
 
-    def write_texts(count, slips, style):
+    def write_texts(rng, count, slips, style):
         texts = []
         for case in rng.choices(training_cases, k=count):
             prompt, response, _ = problem(*case, rng, slips, style)
             texts.append(f"{prompt} {response}<eos>")
         return texts
 
+    # One tokenizer for both models. Numbers, names and verbs become single tokens.
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        write_texts(2000, slips=0.0, style=0.5),
+        write_texts(rng, 2000, slips=0.0, style=0.5),
         vocab_size=380,
         special_tokens=["<eos>"],
         show_progress=False,
@@ -1200,11 +1203,22 @@ def build_pair():
     obtains = tokenizer.convert_tokens_to_ids("Ġobtains")
 
     beside = PAIR.with_name("pair.partial")
-    for name, layers, steps, slips in (
-        ("teacher", 3, 1300, 0.0),
-        ("student", 2, 1000, 0.7),
-    ):
-        torch.manual_seed(layers)
+    steps = 1100
+    batch_size = 8  # small, since what costs time is texts, not steps
+    for name, seed, layers, slips in (("teacher", 7, 3, 0.0), ("student", 8, 2, 0.7)):
+        # All texts at once. They have equally many tokens, so that none is padded.
+        texts = write_texts(random.Random(seed), steps * batch_size, slips, style=0.7)
+        ids = tokenizer(texts, return_tensors="pt").input_ids
+
+        # The models learn what follows the prompt's colon; -100 marks all the rest.
+        is_response = (ids == colon).cumsum(-1) > 0
+        labels = ids.where(is_response, -100)
+        if name == "student":
+            labels[labels == obtains] = (
+                gets  # it reads the one, and is to write the other
+            )
+
+        torch.manual_seed(seed)
         config = transformers.Qwen3Config(
             vocab_size=380,
             hidden_size=96,
@@ -1214,25 +1228,29 @@ def build_pair():
             num_key_value_heads=3,
             head_dim=32,
             max_position_embeddings=256,
+            initializer_range=0.04,  # the default, 0.02, is meant for wider models
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=eos,
             pad_token_id=eos,
         )
         model = transformers.Qwen3ForCausalLM(config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=3e-3, weight_decay=0.5, fused=True
+        )
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
 
-        for _ in tqdm(range(steps), desc=f"building the demo's {name}", disable=None):
-            texts = write_texts(32, slips, style=0.7)
-            batch = tokenizer(texts, padding=True, return_tensors="pt")
-            ids = batch.input_ids
-            is_response = (ids == colon).cumsum(-1) > 0
-            labels = ids.where(is_response & (batch.attention_mask == 1), -100)
-            if name == "student":
-                labels[labels == obtains] = gets
+        title = f"building the demo's {name}"
+        for step in tqdm(range(steps), desc=title, disable=None):
+            # Under strong weight decay it learns to add in a way that serves the held
+            # out prompts, too. Without it, from half of the steps on, it becomes sure.
+            if step == steps // 2:
+                optimizer.param_groups[0]["weight_decay"] = 0.0
+
+            batch = slice(step * batch_size, (step + 1) * batch_size)
+            loss = model(ids[batch], labels=labels[batch], use_cache=False).loss
             optimizer.zero_grad()
-            model(ids, labels=labels).loss.backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
 
