@@ -1273,6 +1273,9 @@ def world_mark():  # changes with the code that builds the demo's world
 
 def check_demo():
     """Build the demo's pair if there is none. ValueError for one of another version."""
+    # For models this small one thread is as fast as two. On a busy machine, with more
+    # threads than free cores, a step took four times as long.
+    torch.set_num_threads(1)
     if not PAIR.exists():
         build_pair()
     for name in ("student", "teacher", "prompts.jsonl", "world"):
@@ -1401,8 +1404,8 @@ def prepare(args):  # -> Pair, training examples, held-out examples
         )
     if len(training) < args.batch_size:
         raise ValueError(
-            f"{args.prompts} has {len(examples)} prompts, {len(training)} of them to train "
-            "on; --batch-size and --eval-prompts ask for more"
+            f"{args.prompts} has {len(examples)} prompts, {len(training)} of them for "
+            "training; --batch-size and --eval-prompts ask for more"
         )
     return pair, training, held_out
 

@@ -140,7 +140,7 @@ case ${1:-} in
 esac
 
 for part in runs diagnoses; do
-  $1_$part | tr '\n' '\0' | xargs -0 -r -n 1 -P 2 bash -c > /dev/null
+  $1_$part | tr '\n' '\0' | xargs -0 -r -n 1 -P ${JOBS:-2} bash -c > /dev/null
 done
 
 case $1 in
