@@ -1104,14 +1104,15 @@ def check_state(state, args, examples):
     """ValueError, naming the flag, if the resumed run would not be the same run."""
     now = resume_settings(args, examples)
     for name, was in state["settings"].items():
-        if now[name] == was:
+        if now.get(name) == was:
             continue
         if name == "prompts":
             raise ValueError(
                 "--resume: --prompts, or --eval-prompts, differ from before"
             )
         flag = "--" + name.replace("_", "-")
-        raise ValueError(f"--resume: {flag} was {was} before and is {now[name]} now")
+        is_now = now.get(name)
+        raise ValueError(f"--resume: {flag} was {was} before and is {is_now} now")
     if args.steps <= state["step"]:
         raise ValueError(f"--steps {args.steps}: that save is of step {state['step']}")
 

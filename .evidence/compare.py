@@ -96,14 +96,15 @@ def results(group, when):  # {seed: run}, "before" or "after" -> {result: its te
     return texts
 
 
-def measure_of(group):  # -> what differences are taken of
-    if all("accuracy" in run["after"] for run in group.values()):
-        return "accuracy"
-    return "reverse_kl"
+def measure_of(*groups):  # -> what differences between these groups are taken of
+    for group in groups:
+        for run in group.values():
+            if "accuracy" not in run["after"]:
+                return "reverse_kl"
+    return "accuracy"
 
 
-def difference(group, when, baseline):  # {seed: run} twice -> text
-    measure = measure_of(group)
+def difference(group, when, baseline, measure):  # {seed: run} twice -> text
     values = []
     for seed, run in group.items():
         if seed in baseline:
@@ -134,9 +135,10 @@ def make_row(group, when, groups, differing):  # -> {column: text}
         flags = [f"{name} {settings.get(name)}" for name in differing]
         row["other flags"] = ", ".join(flags)
     row.update(results(group, when))
-    row["compared in"] = measure_of(group)
-    row["- full"] = difference(group, when, full)
-    row["- random"] = difference(group, when, random)
+    measure = measure_of(group, full, random)
+    row["compared in"] = measure
+    row["- full"] = difference(group, when, full, measure)
+    row["- random"] = difference(group, when, random, measure)
     return row
 
 
