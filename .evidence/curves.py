@@ -1,6 +1,6 @@
 """The README's figure: reverse KL over the training steps, and right answers.
 
-Five ways to select a tenth (or all) of the tokens of the embedded pair, five seeds each,
+Five ways to select a tenth (or all) of the tokens of the demo's pair, five seeds each,
 from runs/evidence. Needs matplotlib. Writes .figures/curves.svg.
 
     python .evidence/curves.py
@@ -25,18 +25,18 @@ RUNS = {  # label, folder's beginning, colour
 SMOOTHED_OVER = 9  # steps
 
 plt.rcParams.update({"font.size": 11, "svg.hashsalt": "opd", "figure.facecolor": "w"})
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 1))
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
 
 for number, (label, (beginning, colour)) in enumerate(RUNS.items()):
     curves = []
     accuracies = []
-    for folder in sorted(Path("runs/evidence").glob(f"{beginning}-?")):
-        lines = (folder / "log.jsonl").read_text().splitlines()
+    for path in sorted(Path("runs/evidence").glob(f"{beginning}-?/summary.json")):
+        lines = (path.parent / "log.jsonl").read_text().splitlines()
         kl = np.array([json.loads(line)["kl_all"] for line in lines])
         window = np.ones(SMOOTHED_OVER)
         steps_in_window = np.convolve(np.ones(len(kl)), window, "same")
         curves.append(np.convolve(kl, window, "same") / steps_in_window)
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(path.read_text())
         accuracies.append(summary["after"]["accuracy"])
         before = summary["before"]["accuracy"]
 
@@ -53,14 +53,16 @@ for number, (label, (beginning, colour)) in enumerate(RUNS.items()):
     right.plot([number] * len(accuracies), accuracies, "o", color=colour, ms=4)
 
 left.set_yscale("log")
+ticks = (0.2, 0.5, 1, 2, 5)
+left.set_yticks(ticks, ticks)
+left.minorticks_off()
 left.set_xlabel("training step")
 left.set_ylabel("kl_all: mean KL(student || teacher), nats")
 left.legend(frameon=False, fontsize=10)
 right.axhline(before, color="black", lw=1, ls=":")
 right.text(4.45, before + 0.01, "before", ha="right", fontsize=10)
-right.set_xticks(range(len(RUNS)), [label.replace(" ", "\n", 1) for label in RUNS])
-right.tick_params(axis="x", labelsize=8)
-right.set_ylabel("right answers, of held-out problems")
+right.set_xticks(range(len(RUNS)), RUNS, rotation=30, ha="right")
+right.set_ylabel("share of right answers")
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
