@@ -10,6 +10,7 @@ begin with test_mathematics_, against a my_opd.py that `.evidence/assignment.py`
 """
 
 import gzip
+import html.parser
 import importlib.util
 import io
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -26,12 +28,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import diagnose
 
 opd = importlib.import_module(os.environ.get("OPD", "opd"))
 
@@ -1165,7 +1169,7 @@ def test_each_pure_function_runs_alone_when_pasted():
     }
     for name in arguments:
         # The imports, and no other function.
-        alone = {"torch": torch, "math": math, "numpy": numpy}
+        alone = {"torch": torch, "math": math, "numpy": np}
         text = re.search(rf"^def {name}\(.*?(?=^\S|\Z)", source, re.M | re.S)[0]
         exec(text, alone)
         found = alone[name](*arguments[name])
@@ -3028,8 +3032,8 @@ def test_half_a_pair_is_refused(capsys, given):
 @pytest.mark.parametrize(
     "content,says",
     [
-        ("", "has 0 prompts, and 0 are left to train on; --batch-size and --eval-"),
-        ('{"prompt": "w5"}\n' * 7, "has 7 prompts, and 0 are left"),
+        ("", "has 0 prompts, 0 of them for training; --batch-size and --eval-"),
+        ('{"prompt": "w5"}\n' * 7, "has 7 prompts, 0 of them for"),
         ('{"prompt": "w5"}\nnot json\n', "line 2: JSONDecodeError"),
         ("[1]\n", "line 1: give an object"),
         ('{"text": "w5"}\n', "line 1: give an object"),
@@ -3269,7 +3273,1176 @@ def test_the_demos_settings_hold_without_a_pair_and_give_way_to_flags():
     assert (args.steps, args.lr, args.batch_size) == (200, 1e-6, 8)
 
 
-# --- diagnose.py goes here
+# ======================================================================================
+# diagnose.py: the statistics
+# ======================================================================================
+
+MEASURES = ("forward_kl", "reverse_kl", "overlap")
+
+
+def clusters(n=12, each=5, seed=0):  # -> a generator, the context of each position
+    return np.random.default_rng(seed), np.repeat(np.arange(n), each)
+
+
+def drawn(weights_row, context):
+    """The positions of one bootstrap draw, spelled out."""
+    times = weights_row[context].astype(int)
+    return np.repeat(np.arange(len(context)), times)
+
+
+def z(values):
+    return (values - values.mean()) / values.std()
+
+
+def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
+    generator, context = clusters()
+    features = {}
+    for name in ("x", "unused", "y"):
+        features[name] = generator.normal(2, 3, size=len(context))
+    outcome = generator.normal(size=len(context)) + features["y"]
+    weights = diagnose.cluster_weights(12, 20, seed=1)
+
+    slopes, r2 = diagnose.least_squares(features, ["y", "x"], outcome, context, weights)
+
+    assert list(slopes) == ["y", "x"]
+    assert len(slopes["y"]) == 21
+    for i, row in enumerate(weights):
+        at = drawn(row, context)
+        X = np.column_stack([np.ones(len(context)), z(features["y"]), z(features["x"])])
+        solution, residual, *_ = np.linalg.lstsq(X[at], z(outcome)[at], rcond=None)
+        assert slopes["y"][i] == pytest.approx(solution[1])
+        assert slopes["x"][i] == pytest.approx(solution[2])
+        if i == 0:
+            assert r2 == pytest.approx(1 - residual[0] / len(context))
+
+
+def test_a_draw_in_which_a_regressor_is_constant_still_has_the_other_slopes():
+    # A third of the draws lack context 0, the only one in which y is not constant.
+    generator, context = clusters(8, 6)
+    x = generator.normal(size=len(context))
+    y = generator.normal(size=len(context)) * (context == 0)
+    weights = diagnose.cluster_weights(8, 200, seed=1)
+    assert 40 < (weights[:, 0] == 0).sum() < 100
+    slopes, _ = diagnose.least_squares(
+        {"x": x, "y": y}, ["x", "y"], 5 * x + 1, context, weights
+    )
+    assert slopes["x"] == pytest.approx(np.ones(201))
+    assert np.abs(slopes["y"]).max() < 1e-6
+
+
+def mean_ranks_by_loops(values):
+    ascending = sorted(values)
+    places = {}
+    for place, value in enumerate(ascending):
+        places.setdefault(value, []).append(place)
+    return [np.mean(places[value]) for value in values]
+
+
+def rank_correlation_by_loops(x, y):
+    ranks = mean_ranks_by_loops(x), mean_ranks_by_loops(y)
+    return np.corrcoef(*ranks)[0, 1]
+
+
+def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
+    generator, context = clusters()
+    x, y = generator.integers(0, 6, size=(2, len(context)))  # many ties
+    weights = diagnose.cluster_weights(12, 10, seed=1)
+    found = diagnose.spearman(x, y, context, weights)
+    assert len(found) == 11
+    for row, correlation in zip(weights, found):
+        at = drawn(row, context)
+        expected = rank_correlation_by_loops(x[at].tolist(), y[at].tolist())
+        assert correlation == pytest.approx(expected)
+
+
+def test_rank_correlation_with_a_constant_is_zero():
+    _, context = clusters(5, 1)
+    weights = np.ones((1, 5))
+    found = diagnose.spearman(np.ones(5), np.arange(5), context, weights)
+    assert found.tolist() == [0]
+
+
+def test_group_means_are_those_worked_out_by_hand():
+    values = np.array([1.0, 2.0, 3.0, 10.0])
+    member = np.array([True, True, True, False])
+    context = np.array([0, 0, 1, 1])
+    weights = np.array([[1, 1], [2, 0], [0, 2]])
+    found = diagnose.group_mean(values, member, context, weights)
+    assert found.tolist() == [2, 1.5, 3]
+
+
+def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
+    values = np.array([1.0, 2.0, 7.0])
+    member = np.array([True, True, False])
+    weights = np.array([[1, 1], [0, 2], [1, 1]])
+    found = diagnose.group_mean(values, member, np.array([0, 0, 1]), weights)
+    assert found[0] == found[2] == 1.5
+    assert np.isnan(found[1])
+    expected = {"value": 1.5, "low": 1.5, "high": 1.5}
+    assert diagnose.estimate(found) == expected
+
+
+def test_quantile_groups_are_those_worked_out_by_hand():
+    values = np.array([5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
+    everywhere = np.ones(6, dtype=bool)
+    found = diagnose.quantile_group(values, 3, everywhere)
+    assert found.tolist() == [1, 0, 2, 1, 2, 0]
+
+    # Inside are 5, 9, 3, 7 and 2; of five in two groups, the first gets three.
+    inside = values > 1
+    found = diagnose.quantile_group(values, 2, inside)
+    assert found.tolist() == [0, -1, 1, 0, 1, 0]
+
+    nowhere = np.zeros(6, dtype=bool)
+    assert diagnose.quantile_group(values, 3, nowhere).tolist() == [-1] * 6
+
+
+def test_intervals_are_percentiles_of_the_draws_alone():
+    draws = np.concatenate([[1000.0], np.arange(101.0)])
+    expected = {"value": 1000, "low": 2.5, "high": 97.5}
+    assert diagnose.estimate(draws) == expected
+
+
+def test_a_figure_without_a_value_is_refused():
+    with pytest.raises(ValueError, match="too few positions"):
+        diagnose.estimate(np.array([np.nan, 1.0, 2.0]))
+
+
+def test_the_bootstrap_resamples_contexts_not_positions():
+    # 20 contexts of 50 equal values: 20 independent ones, though 1000 positions.
+    generator, context = clusters(20, 50)
+    values = generator.normal(size=20)[context]
+    weights = diagnose.cluster_weights(20, 2000, seed=1)
+    assert weights.shape == (2001, 20)
+    assert (weights.sum(1) == 20).all()
+    assert (weights[0] == 1).all()
+    again = diagnose.cluster_weights(20, 2000, seed=1)
+    other = diagnose.cluster_weights(20, 2000, seed=2)
+    assert (again == weights).all()
+    assert (other != weights).any()
+
+    everywhere = np.ones(1000, dtype=bool)
+    means = diagnose.group_mean(values, everywhere, context, weights)
+    by_context = means[1:].std()
+    by_position = []
+    for _ in range(2000):
+        by_position.append(generator.choice(values, 1000).mean())
+    assert by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1)
+    assert by_context > 5 * np.std(by_position)
+
+
+# ======================================================================================
+# diagnose.py: the tables
+# ======================================================================================
+
+
+def made_up(effect, c_name="C16", contexts=60, each=30):
+    """Positions out of thin air, whose gains D * C explains by `effect`.
+
+    C is that of before training, or with "C16_after" that of after it.
+    """
+    generator, context = clusters(contexts, each)
+    n = len(context)
+    scores = {}
+    later = {}
+    for k in (8, 16, 32):
+        scores[f"D{k}"] = generator.uniform(size=n)
+        scores[f"C{k}"] = generator.uniform(size=n)
+        later[f"C{k}_after"] = generator.uniform(size=n)
+    for name in ("H", "H_teacher", "position", *MEASURES):
+        scores[name] = generator.uniform(size=n)
+    scores["context"] = context
+    scores["id"] = generator.integers(0, 9, size=n)
+
+    learnable = scores["D16"] * {**scores, **later}[c_name]
+    G = {}
+    for name in MEASURES:
+        of_context = 0.3 * generator.normal(size=contexts)
+        of_position = 0.2 * generator.normal(size=n)
+        G[name] = effect * learnable + of_context[context] + of_position
+    args = SimpleNamespace(
+        contexts=contexts,
+        bootstrap=100,
+        seed=1,
+        top_k=16,
+        supports=(8, 16, 32),
+        budget=0.1,
+    )
+    return scores, G, later, args
+
+
+def decode_number(token):
+    return f"t{token}"
+
+
+def tabulated(scores, G, later, args):  # -> the rows of each of the six tables
+    tables = diagnose.all_tables(scores, G, later, args, decode_number)
+    return [table["rows"] for table in tables]
+
+
+def values(cells):
+    return [cell["value"] for cell in cells if isinstance(cell, dict)]
+
+
+def slopes_by_lstsq(columns, outcome):  # -> slopes, R2
+    X = np.column_stack([np.ones(len(outcome)), *map(z, columns)])
+    solution, residual, *_ = np.linalg.lstsq(X, z(outcome), rcond=None)
+    return solution[1:], 1 - residual[0] / len(outcome)
+
+
+def sure_yet_in_disagreement(h, d):  # -> positions of Q3
+    inside = []
+    for i in range(len(h)):
+        if h[i] <= np.median(h) and d[i] >= np.median(d):
+            inside.append(i)
+    return inside
+
+
+def contrast_by_loops(inside, c, gain):
+    ascending = sorted(inside, key=lambda i: c[i])
+    bottom = ascending[: math.ceil(len(inside) / 3)]
+    top_third = ascending[math.ceil(len(inside) * 2 / 3) :]
+    return np.mean(gain[top_third]) - np.mean(gain[bottom])
+
+
+class Recomputed:
+    """The features of the made-up positions, with plain Python."""
+
+    def __init__(self, scores, later, k):
+        self.h = self.tilde(scores["H"])
+        self.teacher = self.tilde(scores["H_teacher"])
+        self.d = self.tilde(scores[f"D{k}"])
+        self.c = self.tilde(scores[f"C{k}"])
+        self.c_after = self.tilde(later[f"C{k}_after"])
+        self.position = scores["position"]
+        self.q3 = sure_yet_in_disagreement(self.h, self.d)
+
+    def tilde(self, values):
+        return np.array(normalized(values.tolist(), values.tolist()))
+
+    def split(self, c):  # the columns of the regression with this C
+        return [self.h, self.d * c, self.d * (1 - c), self.position, self.teacher]
+
+    def unsplit(self):
+        return [self.h, self.d, self.h * self.d, self.position, self.teacher]
+
+
+def four_outcomes(scores, G):
+    ratio = []
+    for gain, before in zip(G["forward_kl"], scores["forward_kl"]):
+        ratio.append(gain / (before + 1e-12))
+    low = quantile(ratio, 0.01)
+    high = quantile(ratio, 0.99)
+    relative = [min(max(share, low), high) for share in ratio]
+    return {**G, "relative": np.array(relative)}
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return made_up(0.5)
+
+
+@pytest.fixture(scope="module")
+def planted_tables(planted):
+    return tabulated(*planted)
+
+
+def test_the_decomposition_is_that_of_a_plain_recomputation(planted, planted_tables):
+    scores, G, later, _ = planted
+    explained = planted_tables[0]
+    assert len(explained) == 12
+    for k in (8, 16, 32):
+        plain = Recomputed(scores, later, k)
+        for name, outcome in four_outcomes(scores, G).items():
+            slopes, r2 = slopes_by_lstsq(plain.split(plain.c), outcome)
+            _, unsplit_r2 = slopes_by_lstsq(plain.unsplit(), outcome)
+            cells = explained[f"{name}, K={k}"]
+            expected = [slopes[1], slopes[2], slopes[1] - slopes[2]]
+            assert values(cells) == pytest.approx(expected, abs=1e-5)
+            assert cells[3:] == pytest.approx([r2, unsplit_r2], abs=1e-5)
+
+
+def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_tables):
+    scores, G, later, _ = planted
+    leaked = planted_tables[1]
+    assert len(leaked) == 24
+    for k in (8, 16, 32):
+        plain = Recomputed(scores, later, k)
+        for name, outcome in four_outcomes(scores, G).items():
+            for when, c in (("before", plain.c), ("after", plain.c_after)):
+                slopes, _ = slopes_by_lstsq(plain.split(c), outcome)
+                gap = slopes[1] - slopes[2]
+                contrast = contrast_by_loops(plain.q3, c, outcome)
+                found = values(leaked[f"{name}, C {when}, K={k}"])
+                assert found == pytest.approx([gap, contrast], abs=1e-5)
+
+
+def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_tables):
+    scores, G, later, _ = planted
+    q3 = planted_tables[2]
+    assert len(q3) == 3 + 8
+    for k in (8, 16, 32):
+        plain = Recomputed(scores, later, k)
+        expected = []
+        for gain in G.values():
+            expected.append(contrast_by_loops(plain.q3, plain.c, gain))
+        found = values(q3[f"top - bottom third of C, K={k}"])
+        assert found == pytest.approx(expected, abs=1e-6)
+
+    plain = Recomputed(scores, later, 16)
+    parts = {"D_learn": plain.d * plain.c, "D_incompat": plain.d * (1 - plain.c)}
+    for label, feature in parts.items():
+        ascending = sorted(plain.q3, key=lambda i: feature[i])
+        quarters = [[], [], [], []]
+        for place, i in enumerate(ascending):
+            quarters[place * 4 // len(ascending)].append(i)
+        for number, members in enumerate(quarters, 1):
+            expected = [np.mean(gain[members]) for gain in G.values()]
+            found = values(q3[f"{label}, quarter {number}, K=16"])
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_tables):
+    scores, G, later, _ = planted
+    plain = Recomputed(scores, later, 16)
+    orders = {
+        "D": plain.d,
+        "D_learn": plain.d * plain.c,
+        "D_incompat": plain.d * (1 - plain.c),
+        "H": plain.h,
+        "TIP": 1 - (1 - plain.h) * (1 - plain.d),
+    }
+    assert list(planted_tables[3]) == list(orders)
+    for name, order in orders.items():
+        expected = []
+        for gain in G.values():
+            expected.append(rank_correlation_by_loops(order.tolist(), gain.tolist()))
+        assert values(planted_tables[3][name]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
+    scores, G, later, args = planted
+    *_, matched, kept = planted_tables
+    plain = Recomputed(scores, later, 16)
+    learnable = plain.d * plain.c
+    n = len(plain.d)
+    generator = torch.Generator().manual_seed(args.seed)
+    ranked_by = {
+        "teachability": learnable,
+        "teachability_entropy": 1 - (1 - plain.h) * (1 - learnable),
+        "entropy": plain.h,
+        "divergence": plain.d,
+        "tip": 1 - (1 - plain.h) * (1 - plain.d),
+        "compatibility": plain.c,
+        "incompatible": plain.d * (1 - plain.c),
+        "random": torch.rand(1, n, generator=generator)[0].numpy(),
+    }
+    assert set(ranked_by) | {"full"} == set(opd.METHODS) == set(kept)
+    assert len(matched) == 1 + 3 * len(ranked_by)
+
+    for name, feature in ranked_by.items():
+        best_first = sorted(range(n), key=lambda i: -np.float32(feature[i]))
+        for share, count in ((0.03, 54), (0.05, 90), (0.1, 180)):  # of 1800
+            best = best_first[:count]
+            expected = [np.mean(gain[best]) for gain in G.values()]
+            found = values(matched[f"{share:.0%} {name}"])
+            assert found == pytest.approx(expected, abs=1e-6)
+        counts = Counter(scores["id"][sorted(best)].tolist())
+        texts = []
+        for token, count in counts.most_common(5):
+            texts.append(f"'t{token}' {count / 180:.0%}")
+        assert kept[name] == [", ".join(texts)]
+
+    expected = [gain.mean() for gain in G.values()]
+    assert values(matched["100% full"]) == pytest.approx(expected)
+    counts = Counter(scores["id"].tolist())
+    token, count = counts.most_common(1)[0]
+    assert kept["full"][0].startswith(f"'t{token}' {count / n:.0%}, ")
+
+
+@pytest.mark.parametrize("method", opd.METHODS)
+def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
+    # In floats 0.07 * 100 > 7 and 0.29 * 100 < 29. Of opd.select's extra position for
+    # a response without one there is nothing here: 7 of 25 contexts have one at most.
+    scores, *_ = made_up(0.0, contexts=25, each=4)
+    for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
+        kept = diagnose.kept_by(method, scores, 16, budget, seed=0)
+        assert kept.sum() == (100 if method == "full" else expected)
+
+
+def test_the_budget_and_the_seed_are_those_of_the_flags():
+    scores, G, later, args = made_up(0.0, contexts=20, each=10)
+    args.bootstrap = 5
+    args.budget = 0.01  # two positions, so that shares are 50 % or 100 %
+    tables = diagnose.all_tables(scores, G, later, args, decode_number)
+    assert tables[-1]["title"].endswith("at 1%")
+    kept = tables[-1]["rows"]
+    for method in set(opd.METHODS) - {"full"}:
+        assert set(re.findall(r"\d+%", kept[method][0])) <= {"50%", "100%"}
+
+    one = diagnose.kept_by("random", scores, 16, 0.1, seed=1)
+    two = diagnose.kept_by("random", scores, 16, 0.1, seed=2)
+    assert (one != two).any()
+
+
+def test_overlap_is_the_probability_that_both_models_agree_on():
+    p = torch.tensor([0.5, 0.3, 0.2])
+    q = torch.tensor([0.1, 0.3, 0.6])
+    assert diagnose.overlap(p.log(), q.log()) == pytest.approx(0.1 + 0.3 + 0.2)
+    assert diagnose.overlap(p.log(), p.log()) == pytest.approx(1)
+
+
+def test_a_planted_effect_is_recovered():
+    explained, leaked, q3, ranks, matched, _ = tabulated(*made_up(1.0))
+    learn, incompat, gap, *_ = explained["forward_kl, K=16"]
+    assert learn["low"] > 0.3
+    assert abs(incompat["value"]) < 0.1
+    assert gap["low"] > 0
+    assert leaked["forward_kl, C before, K=16"][0] == gap
+    assert ranks["D_learn"][0]["low"] > 0.2
+    assert q3["top - bottom third of C, K=16"][0]["low"] > 0
+    by_chance = matched["10% random"][0]
+    assert matched["10% teachability"][0]["low"] > by_chance["high"]
+
+
+def test_an_absent_effect_is_not_found():
+    explained, leaked, *_ = tabulated(*made_up(0.0))
+    assert all(cells[3] < 0.02 for cells in explained.values())
+    # Each gap misses 0 by chance once in twenty times.
+    gaps = [cells[2] for cells in explained.values()]
+    gaps += [cells[0] for cells in leaked.values()]
+    assert len(gaps) == 36
+    assert sum(gap["low"] < 0 < gap["high"] for gap in gaps) >= 30
+
+
+def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
+    scores, G, later, args = made_up(1.0, "C16_after")
+    weights = diagnose.cluster_weights(args.contexts, 200, args.seed)
+    leaked = diagnose.leak(scores, later, G, [16], weights)
+    for name in MEASURES:
+        before_gap, before_contrast = leaked[f"{name}, C before, K=16"].values()
+        after_gap, after_contrast = leaked[f"{name}, C after, K=16"].values()
+        assert after_gap["low"] > 0.2
+        assert after_contrast["low"] > 0.1
+        assert abs(before_gap["value"]) < 0.1
+        assert before_gap["low"] < 0 < before_gap["high"]
+        assert before_contrast["low"] < 0 < before_contrast["high"]
+
+
+def test_a_constant_feature_is_named_instead_of_printing_nan():
+    scores, G, later, args = made_up(0.0)
+    scores["H_teacher"][:] = 1
+    with pytest.raises(ValueError, match="H_teacher"):
+        tabulated(scores, G, later, args)
+
+
+# ======================================================================================
+# diagnose.py: the program
+# ======================================================================================
+
+
+def diagnosis(store, out, *more):  # -> report, positions, page
+    more = ["--contexts", 12, "--bootstrap", 20, *more]
+    diagnose.main(diagnose.parse_args(flags(store, out, *more)))
+    positions = []
+    for line in (out / "positions.jsonl").read_text().splitlines():
+        positions.append(json.loads(line))
+    report = json.loads((out / "report.json").read_text())
+    return report, positions, (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="session")
+def measured(store, tmp_path_factory):
+    """A diagnosis with training; the trained student stays in out/step-5."""
+    folder = tmp_path_factory.mktemp("measured")
+    prompts_file(folder / "many.jsonl", 30)
+    more = ["--prompts", folder / "many.jsonl", "--steps", 5, "--lr", "1e-2"]
+    return folder, diagnosis(store, folder / "out", *more, "--save-every", 5)
+
+
+def test_a_real_diagnosis_reports_everything_with_intervals(measured):
+    _, (report, positions, page) = measured
+    contexts = [line["context"] for line in positions]
+    assert report["args"]["contexts"] == 12 == report["args"]["eval_prompts"]
+    assert sorted(set(contexts)) == list(range(12))
+    assert report["summary"].startswith(f"12 contexts, {len(positions)} positions. ")
+    assert "12 held-out prompts." in report["summary"]
+    assert set(report["versions"]) == {"torch", "transformers", "numpy"}
+
+    assert "nan" not in json.dumps(report).lower()
+    assert len(report["tables"]) == 6
+    for table in report["tables"]:
+        assert set(table["printed"]) <= set(table["rows"])
+        assert table["title"] in page
+        for cells in table["rows"].values():
+            assert len(cells) == len(table["columns"])
+            for cell in cells:
+                if isinstance(cell, dict):
+                    assert cell["low"] <= cell["high"]
+
+    assert "<script" not in page
+    assert "http" not in page
+    assert page.count('class="token"') == len(positions) + 3  # 3 in the legend
+
+
+def test_the_terminal_shows_the_main_rows_in_100_columns(measured):
+    _, (report, *_) = measured
+    printed = []
+    for table in report["tables"]:
+        text = diagnose.as_text(table)
+        assert max(map(len, text.splitlines())) <= 100
+        printed.append(table["printed"])
+        for label in table["printed"]:
+            assert label in text
+    names = [*MEASURES, "relative"]
+    assert printed[0] == [f"{name}, K=16" for name in names]
+    assert len(printed[1]) == 8
+    assert all(label.endswith("K=16") for label in printed[1])
+    assert printed[2] == ["top - bottom third of C, K=16"]
+    assert len(printed[3]) == 5
+    assert printed[4][:2] == ["100% full", "10% teachability"]
+    assert len(printed[4]) == 9
+    assert printed[5] == []
+
+
+def test_a_table_in_text_is_aligned():
+    table = diagnose.make_table(
+        "T",
+        "How to read.",
+        {
+            "one": {"a": {"value": 0.5, "low": -0.25, "high": 1}, "b": 0.75},
+            "two": {"a": {"value": -0.5, "low": -1, "high": 0}, "b": 0.1},
+        },
+        printed=["two"],
+    )
+    assert diagnose.as_text(table).splitlines() == [
+        "T                        a      b",
+        "two  -0.500 [-1.00, +0.00]  0.100",
+        "> How to read.",
+    ]
+
+
+def after_merging(probabilities, ends):
+    """The ends' probabilities as one number, in the place of the first."""
+    first, *others = ends
+    merged = []
+    for token, probability in enumerate(probabilities):
+        if token == first:
+            merged.append(sum(probabilities[end] for end in ends))
+        elif token not in others:
+            merged.append(probability)
+    return merged
+
+
+def measured_by_loops(p, q):  # -> {name: what positions.jsonl should say}
+    found = {
+        "forward_kl": kl(q, p),
+        "reverse_kl": kl(p, q),
+        "overlap": sum(map(min, p, q)),
+        "H": -sum(x * math.log(x) for x in p),
+        "H_teacher": -sum(x * math.log(x) for x in q),
+    }
+    for k in (8, 16, 32):
+        union = top(p, k) | top(q, k)
+        p_inside = sum(p[v] for v in union)
+        q_inside = sum(q[v] for v in union)
+        p_union = [p[v] / p_inside for v in union]
+        q_union = [q[v] / q_inside for v in union]
+        found[f"D{k}"] = kl(q_union, p_union)
+        found[f"C{k}"] = sum(q[v] for v in top(p, k))
+    return found
+
+
+def check_positions(positions, prompts, before, after):
+    """Each line against whole models, alone, without padding, at theta0 and theta1."""
+    ends = before.end_ids
+    for number, prompt in enumerate(prompts):
+        here = [line for line in positions if line["context"] == number]
+        ids = [line["id"] for line in here]
+        student0, teacher = own_logits(before, prompt, ids)
+        student1, _ = own_logits(after, prompt, ids)
+        logits = zip(here, rows(student0), rows(student1), rows(teacher))
+        for t, (line, p0, p1, q) in enumerate(logits):
+            p0 = after_merging(softmax(p0), ends)
+            p1 = after_merging(softmax(p1), ends)
+            q = after_merging(softmax(q), ends)
+            expected = measured_by_loops(p0, q)
+            later = measured_by_loops(p1, q)
+            for k in (8, 16, 32):
+                expected[f"C{k}_after"] = later[f"C{k}"]
+            for name in ("forward_kl", "reverse_kl"):
+                expected[f"gain_{name}"] = expected[name] - later[name]
+            expected["gain_overlap"] = later["overlap"] - expected["overlap"]
+            expected["position"] = t / max(len(here) - 1, 1)
+            expected["id"] = ids[t]
+            expected["context"] = number
+            token = line.pop("token")
+            assert line == pytest.approx(expected, abs=1e-4)
+            assert token == before.tokenizer.decode(ids[t])
+
+
+def test_every_position_says_what_loops_over_both_models_say(store, measured):
+    folder, (_, positions, _) = measured
+    before = load(store)
+    after = before._replace(
+        student=load_student(folder / "out" / "step-5"),
+    )
+    prompts = []
+    for line in (folder / "many.jsonl").read_text().splitlines()[-12:]:
+        prompts.append(before.tokenizer(json.loads(line)["prompt"]).input_ids)
+    check_positions([dict(line) for line in positions], prompts, before, after)
+
+    # The student has changed, so that no figure of theta0 can pass for one of theta1.
+    assert all(abs(line["gain_forward_kl"]) > 1e-3 for line in positions)
+    moved = [line for line in positions if abs(line["C8_after"] - line["C8"]) > 1e-2]
+    assert len(moved) > len(positions) / 4
+
+
+def load_student(folder):
+    student, *_ = opd.load_model("--after", folder, torch.float32, "cpu")
+    return student
+
+
+def test_pairs_with_two_end_ids_are_measured_as_if_these_were_one(store, tmp_path):
+    teacher = model_of("qwen3", seed=2)
+    teacher.generation_config.eos_token_id = [2, 0]
+    put(tmp_path / "teacher", teacher)
+    put(tmp_path / "after", model_of("qwen3", seed=3))
+    more = ["--teacher", tmp_path / "teacher", "--after", tmp_path / "after"]
+    report, positions, _ = diagnosis(store, tmp_path / "out", *more)
+    assert (
+        f"4 held-out prompts, some repeated; theta1 is {tmp_path}" in report["summary"]
+    )
+
+    before = opd.load_pair(f"{store}/qwen3-student", tmp_path / "teacher")
+    after = before._replace(student=load_student(tmp_path / "after"))
+    assert before.end_ids == [0, 2]
+    prompts = []
+    for line in (store / "prompts.jsonl").read_text().splitlines()[-4:]:
+        prompts.append(before.tokenizer(json.loads(line)["prompt"]).input_ids)
+    check_positions([dict(line) for line in positions], 3 * prompts, before, after)
+
+    # Apart, the two ends would have made a difference.
+    apart = before._replace(end_ids=[0])
+    with pytest.raises(AssertionError):
+        check_positions([dict(line) for line in positions], 3 * prompts, apart, after)
+
+
+def theta0(line):
+    kept = {}
+    for name, value in line.items():
+        if not name.startswith("gain") and not name.endswith("_after"):
+            kept[name] = value
+    return kept
+
+
+def diagnosis_of_unchanged(store, folder, out):
+    more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
+    return diagnosis(store, out, *more, "--after", store / "qwen3-student")
+
+
+@pytest.fixture(scope="session")
+def unchanged(store, measured):
+    folder, _ = measured
+    return diagnosis_of_unchanged(store, folder, folder / "unchanged")
+
+
+def test_features_come_from_before_training_alone(store, measured, tmp_path):
+    folder, (_, positions, _) = measured
+    more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
+    more += ["--after", store / "qwen3-teacher"]
+    _, other, _ = diagnosis(store, tmp_path / "other", *more)
+    assert [theta0(line) for line in other] == [theta0(line) for line in positions]
+    # The teacher as theta1 leaves no distance to the teacher.
+    for line in other:
+        for name in ("forward_kl", "reverse_kl"):
+            assert line[f"gain_{name}"] == pytest.approx(line[name], abs=1e-5)
+        assert line["gain_overlap"] == pytest.approx(1 - line["overlap"], abs=1e-5)
+
+
+def test_an_unchanged_student_gains_nothing(measured, unchanged):
+    _, (_, positions, _) = measured
+    report, same, _ = unchanged
+    assert [theta0(line) for line in same] == [theta0(line) for line in positions]
+    for line in same:
+        assert [line[f"gain_{name}"] for name in MEASURES] == [0, 0, 0]
+        assert line["C16_after"] == line["C16"]
+    assert "not changed" in report["summary"]
+
+
+def test_a_student_that_was_trained_earlier_gives_the_same_report(
+    store, measured, tmp_path, capsys
+):
+    folder, (report, positions, _) = measured
+    more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
+    more += ["--after", folder / "out" / "step-5"]
+    again, same, _ = diagnosis(store, tmp_path / "again", *more)
+    assert same == positions
+    assert again["tables"] == report["tables"]
+
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{again['summary']}\n")
+    assert f"are in {tmp_path / 'again'}\n" in printed
+    for table in again["tables"]:
+        if table["printed"]:
+            assert f"\n{diagnose.as_text(table)}\n" in printed
+        else:
+            assert table["title"] not in printed
+
+
+def test_a_reader_that_has_gone_ends_no_diagnosis(
+    store, measured, unchanged, tmp_path, monkeypatch
+):
+    # `| head -1` leaves a pipe without a reader.
+    folder, _ = measured
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        found = diagnosis_of_unchanged(store, folder, tmp_path / "out")
+    assert found[0]["tables"] == unchanged[0]["tables"]
+    assert found[1:] == unchanged[1:]
+
+
+def test_the_files_are_complete_before_anything_is_printed(
+    store, measured, unchanged, tmp_path, monkeypatch
+):
+    folder, _ = measured
+    report, positions, page = unchanged
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left"), monkeypatch.context() as patch:
+        with open("/dev/full", "w") as full:
+            patch.setattr(sys, "stdout", full)
+            diagnosis_of_unchanged(store, folder, out)
+    assert json.loads((out / "report.json").read_text())["tables"] == report["tables"]
+    assert (out / "report.html").read_text() == page
+    lines = (out / "positions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == positions
+
+
+def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, capsys):
+    folder, _ = measured
+    put(tmp_path / "wide", model_of("qwen3", width=24))
+    put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
+    for flag, value, says in (
+        ("--contexts", 2, "--contexts"),
+        ("--contexts", 4, "4 is less than 5"),
+        ("--bootstrap", 0, "--bootstrap"),
+        ("--resume", tmp_path, "--after"),
+        ("--after", tmp_path / "none", "--after"),
+        ("--after", tmp_path / "wide", "other shapes"),
+        ("--after", tmp_path / "other", "tokenizer"),
+    ):
+        argv = flags(store, tmp_path / "out", "--prompts", folder / "many.jsonl")
+        with one_line(capsys, says):
+            args = diagnose.parse_args([*argv, flag, str(value)])
+            opd.run(diagnose.main, args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_measured_is_kept_though_a_table_cannot_be_made(
+    store, tmp_path, capsys
+):
+    # Responses of one token: all stand at position 0.
+    more = ["--contexts", "5", "--max-new-tokens", "1"]
+    more += ["--after", str(store / "qwen3-teacher")]
+    args = diagnose.parse_args(flags(store, tmp_path / "out", *more))
+    with one_line(capsys, "position is the same at all positions"):
+        opd.run(diagnose.main, args)
+    positions = (tmp_path / "out" / "positions.jsonl").read_text()
+    assert [json.loads(line)["position"] for line in positions.splitlines()] == [0] * 5
+
+
+def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
+    store, monkeypatch
+):
+    def parsed(*more):
+        return diagnose.parse_args(flags(store, "out", *more))
+
+    args = parsed()
+    assert args.select == "full"
+    assert args.contexts == args.eval_prompts == 300
+    assert args.supports == [8, 16, 32]
+    assert args.bootstrap == 1000
+    assert parsed("--contexts", 5, "--eval-prompts", 6).eval_prompts == 6
+    assert parsed("--after", "student").eval_prompts == 4
+    assert parsed("--select", "tip").select == "tip"
+    assert parsed("--top-k", 4).supports == [4, 8, 16, 32]
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags(store, "elsewhere")])
+    assert diagnose.parse_args().out == "elsewhere"
+
+
+# ======================================================================================
+# diagnose.py: the page
+# ======================================================================================
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page as a browser would find them: (tag, attributes)."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_the_page_shows_a_hostile_token_and_does_not_run_it():
+    hostile = "<script>alert('x')</script>\" onmouseover=\"alert(1)\n "
+
+    def decode(token):
+        return hostile
+
+    scores, G, later, args = made_up(0.0, contexts=5, each=40)
+    args.bootstrap = 20
+    scores["student_choices"] = scores["teacher_choices"] = scores["id"][:, None]
+    tables = diagnose.all_tables(scores, G, later, args, decode)
+    responses = diagnose.token_map([[1]] * 5, scores, G, 16, decode)
+    page = diagnose.as_page(tables, hostile, responses)
+
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "\u21b5" in page
+    assert "\u00b7" in page
+    tips = []
+    for tag, attributes in Elements(page).found:
+        assert tag != "script"
+        assert not any(name.startswith("on") for name in attributes)
+        if attributes.get("class") == "token":
+            tips.append(attributes["data-tip"])
+    assert len(tips) == 3 + 200
+    assert all(tip.startswith(repr(hostile)) for tip in tips[3:])
+
+
+def test_the_legend_shows_both_colours_and_their_mixture():
+    spans = []
+    for tag, attributes in Elements(diagnose.as_page([], "", "")).found:
+        if tag == "span":
+            spans.append((attributes["style"], attributes["data-tip"]))
+    assert spans == [
+        ("--learn:0.90;--incompat:0.00", "D_learn = D * C"),
+        ("--learn:0.00;--incompat:0.90", "D_incompat = D * (1 - C)"),
+        ("--learn:0.40;--incompat:0.40", "D = D_learn + D_incompat"),
+    ]
+
+
+def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
+    scores = {
+        "id": np.array([7, 8]),
+        "H": np.array([0.0, 1.25]),
+        "D4": np.array([0.0, 2.25]),
+        "C4": np.array([0.0, 0.5]),
+        "student_choices": np.array([[0, 0], [1, 2]]),
+        "teacher_choices": np.array([[0, 0], [2, 3]]),
+    }
+    G = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
+    assert diagnose.tooltip(1, scores, G, 4, decode_number).splitlines() == [
+        "'t8'   H 1.25   D 2.25   C 0.50   G overlap -0.500, reverse_kl +0.125",
+        "student: 't1'  't2'",
+        "teacher: 't2'  't3'",
+    ]
+
+
+def test_the_map_has_both_colours_of_the_first_contexts():
+    scores, G, _, args = made_up(0.0, contexts=20, each=10)
+    scores["student_choices"] = scores["teacher_choices"] = scores["id"][:, None]
+    page = diagnose.token_map([[1]] * 20, scores, G, 16, decode_number)
+    spans = []
+    for _, attributes in Elements(page).found:
+        if attributes.get("class") == "token":
+            spans.append(attributes)
+    assert len(spans) == 12 * 10
+    features = diagnose.make_features(scores, 16)
+    for i, attributes in enumerate(spans):
+        learn = features["D_learn"][i]
+        incompat = features["D_incompat"][i]
+        assert attributes["style"] == f"--learn:{learn:.2f};--incompat:{incompat:.2f}"
+        assert attributes["data-tip"].startswith(f"'t{scores['id'][i]}' ")
+
+
+def test_bars_of_a_column_have_one_scale_with_zero_in_it():
+    # The first column reaches from -1 to 3, so 0 stands at 25 of 100; the second to 2.
+    table = diagnose.make_table(
+        "T",
+        "R",
+        {
+            "up": {
+                "a": {"value": 1, "low": 0, "high": 3},
+                "b": {"value": 1, "low": 0.5, "high": 2},
+                "c": 0.25,
+            },
+            "down": {
+                "a": {"value": -0.5, "low": -1, "high": 0},
+                "b": {"value": 0, "low": 0, "high": 0},
+                "c": 0.5,
+            },
+        },
+    )
+    page = diagnose.table_html(table)
+    bars = []
+    whiskers = []
+    zeros = []
+    for tag, at in Elements(page).found:
+        if tag == "rect":
+            bars.append((float(at["x"]), float(at["width"])))
+        if tag == "line" and at["y1"] == "5":
+            whiskers.append((float(at["x1"]), float(at["x2"])))
+        if tag == "line" and at["y1"] == "0":
+            zeros.append(float(at["x1"]))
+            assert at["x1"] == at["x2"]
+    assert bars == [(25, 25), (0, 50), (12.5, 12.5), (0, 0)]
+    assert whiskers == [(25, 100), (25, 100), (0, 25), (0, 0)]
+    assert zeros == [25, 0, 25, 0]
+    assert page.index("up") < page.index("0.250") < page.index("down")
+
+
+# ======================================================================================
+# The scripts of .evidence
+# ======================================================================================
+
+
+def script(name):  # -> {name: function}
+    return runpy.run_path(str(HERE / ".evidence" / f"{name}.py"))
+
+
+def test_the_evidence_tables_follow_from_reports_and_from_positions(measured, capsys):
+    folder, (report, *_) = measured
+    tables = script("tables")
+    tables["main"]([folder / "out", folder / "unchanged"])
+    printed = capsys.readouterr().out
+
+    cells = report["tables"][0]["rows"]["reverse_kl, K=16"]
+    unchanged = json.loads((folder / "unchanged" / "report.json").read_text())
+    others = unchanged["tables"][0]["rows"]["reverse_kl, K=16"]
+    mean = (cells[2]["value"] + others[2]["value"]) / 2
+    spread = abs(cells[2]["value"] - others[2]["value"]) / math.sqrt(2)
+    line = next(a for a in printed.splitlines() if a.startswith("reverse_kl, K=16"))
+    assert f"{mean:+.3f} ± {spread:.3f} " in line
+    assert line.endswith(f"{(cells[4] + others[4]) / 2:.3f}")
+    again = [a.split() for a in printed.splitlines() if a.startswith("gap ")]
+    assert again[0][1:4] == [f"{mean:+.3f}", "±", f"{spread:.3f}"]
+
+    # Without the teacher's entropy the slopes are others.
+    assert len(again) == 2
+    assert again[1] != again[0]
+    assert len(re.findall("^H_teacher", printed, re.M)) == 1
+
+
+def test_evidence_counts_the_intervals_on_either_side_of_zero():
+    cells = [
+        {"value": 1, "low": 0.5, "high": 2},
+        {"value": 3, "low": -1, "high": 4},
+        {"value": -4, "low": -5, "high": -3},
+        {"value": 4, "low": 3, "high": 5},
+    ]
+    over_diagnoses = script("tables")["over_diagnoses"]
+    assert over_diagnoses(cells[:2]) == "+2.000 ± 1.414 1/0"
+    assert over_diagnoses(cells) == "+1.000 ± 3.559 2/1"
+    assert over_diagnoses(cells[:1]) == "+1.000 ± 0.000 1/0"
+
+
+SETTINGS = {
+    "select": "tip",
+    "budget": 0.1,
+    "seed": 0,
+    "loss": "reverse_kl",
+    "lr": 1e-6,
+    "steps": 200,
+    "student": "small",
+    "teacher": "large",
+    "prompts": "sums.jsonl",
+    "temperature": 1.0,
+}
+
+
+def finished(folder, accuracy, reverse_kl=2.0, before=0.1, **settings):
+    """A run of opd.py as compare.py finds it; accuracy None: there are no answers."""
+    folder.mkdir()
+    args = {**SETTINGS, "out": str(folder), **settings}
+    results = {"reverse_kl": reverse_kl, "entropy": 1.0, "agreement": 0.75}
+    summary = {"args": args, "before": {**results}, "after": {**results}}
+    if accuracy is not None:
+        summary["before"]["accuracy"] = before
+        summary["after"]["accuracy"] = accuracy
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def compared(folder, capsys):  # -> [{column: cell}], and what is not finished
+    folders = sorted(map(str, folder.iterdir()))
+    script("compare")["main"](folders)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    unfinished = ""
+    if lines[-1].startswith("not finished"):
+        unfinished = lines[-1]
+        lines = lines[:-2]  # an empty one stands between
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    table = []
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == len(columns)
+        table.append(dict(zip(columns, cells)))
+    return table, unfinished
+
+
+def row_of(table, method, **cells):
+    found = []
+    for row in table:
+        if row["method"] == method and cells.items() <= row.items():
+            found.append(row)
+    assert len(found) == 1
+    return found[0]
+
+
+def test_compare_pairs_runs_by_seed_and_names_what_is_not_finished(tmp_path, capsys):
+    for method, seed, right in (
+        ("full", 0, 0.5),
+        ("full", 1, 0.7),
+        ("random", 0, 0.3),
+        ("tip", 0, 0.4),
+        ("tip", 1, 0.8),
+    ):
+        folder = tmp_path / f"{method}-{seed}"
+        before = 0.1 + seed / 10
+        finished(folder, right, before=before, select=method, seed=seed)
+    (tmp_path / "broken").mkdir()
+    table, unfinished = compared(tmp_path, capsys)
+
+    assert unfinished == f"not finished: {tmp_path / 'broken'}"
+    assert [row["method"] for row in table] == [
+        "before training",
+        "random",
+        "tip",
+        "full",
+    ]
+    # Of 0.4 and 0.8: mean 0.6, sample deviation 0.283. Minus full: -0.1 and 0.1.
+    assert row_of(table, "tip") == {
+        "method": "tip",
+        "budget": "10%",
+        "seeds": "2",
+        "accuracy": "0.600 ± 0.283",
+        "reverse_kl": "2.000 ± 0.000",
+        "agreement": "0.750 ± 0.000",
+        "compared in": "accuracy",
+        "- full": "+0.000 ± 0.141",
+        "- random": "+0.100 (1 of 2 seeds)",
+    }
+    assert row_of(table, "full")["budget"] == "100%"
+    assert row_of(table, "full")["- full"] == "+0.000 ± 0.000"
+    before = row_of(table, "before training")
+    assert (before["budget"], before["seeds"]) == ("-", "2")
+    assert before["accuracy"] == "0.150 ± 0.071"
+    assert before["- full"] == "-0.450 ± 0.071"  # 0.1 - 0.5 and 0.2 - 0.7
+    assert before["- random"] == "-"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lr", 1e-4),
+        ("steps", 100),
+        ("loss", "forward_kl"),
+        ("student", "smaller"),
+        ("teacher", "larger"),
+        ("prompts", "questions.jsonl"),
+        ("temperature", 0.7),
+        ("batch_size", 4),  # a flag that the others do not even have
+    ],
+)
+def test_runs_that_differ_in_a_flag_are_no_baseline_of_each_other(
+    name, value, tmp_path, capsys
+):
+    finished(tmp_path / "full", 0.5, select="full")
+    finished(tmp_path / "random", 0.3, select="random")
+    finished(tmp_path / "tip", 0.6)
+    finished(tmp_path / "other", 0.9, **{name: value})
+    table, _ = compared(tmp_path, capsys)
+    usual = row_of(table, "tip", accuracy="0.600")
+    other = row_of(table, "tip", accuracy="0.900")
+    assert (usual["- full"], usual["- random"]) == ("+0.100", "+0.300")
+    assert (other["- full"], other["- random"]) == ("-", "-")
+    assert other["other flags"] == f"{name} {value}"
+    assert usual["other flags"] == f"{name} {SETTINGS.get(name)}"
+
+    finished(tmp_path / "other-full", 0.8, select="full", **{name: value})
+    table, _ = compared(tmp_path, capsys)
+    usual = row_of(table, "tip", accuracy="0.600")
+    other = row_of(table, "tip", accuracy="0.900")
+    assert (usual["- full"], other["- full"]) == ("+0.100", "+0.100")
+    assert [row["method"] for row in table].count("before training") == 2
+
+
+def test_random_selection_at_another_budget_is_no_baseline(tmp_path, capsys):
+    finished(tmp_path / "random", 0.3, select="random", budget=0.05)
+    finished(tmp_path / "tip", 0.6)
+    finished(tmp_path / "tip-5", 0.7, budget=0.05)
+    finished(tmp_path / "z-full", 0.5, select="full", budget=0.05)
+    table, _ = compared(tmp_path, capsys)
+    assert row_of(table, "tip", budget="10%")["- random"] == "-"
+    assert row_of(table, "tip", budget="5%")["- random"] == "+0.400"
+    assert row_of(table, "before training")["- random"] == "-"  # at which budget?
+    # For full selection --budget means nothing.
+    assert row_of(table, "tip", budget="10%")["- full"] == "+0.100"
+    assert row_of(table, "full")["budget"] == "100%"
+    assert "other flags" not in table[0]
+
+
+def test_flags_that_do_not_change_the_training_make_no_new_row(tmp_path, capsys):
+    finished(tmp_path / "a", 0.4, device="cpu", micro_batch_size=4, save_every=None)
+    finished(tmp_path / "b", 0.6, seed=1, device="cuda", micro_batch_size=2, resume="x")
+    table, _ = compared(tmp_path, capsys)
+    assert row_of(table, "tip")["seeds"] == "2"
+    assert "other flags" not in table[0]
+
+
+def test_two_runs_with_the_same_settings_and_seed_are_refused(tmp_path):
+    finished(tmp_path / "once", 0.4)
+    finished(tmp_path / "twice", 0.5)
+    folders = [str(tmp_path / "once"), str(tmp_path / "twice")]
+    with pytest.raises(SystemExit) as stop:
+        script("compare")["main"](folders)
+    assert str(stop.value).startswith("error: ")
+    for folder in folders:
+        assert folder in str(stop.value)
+
+
+def test_a_run_without_answers_is_compared_in_reverse_kl_in_the_same_columns(
+    tmp_path, capsys
+):
+    texts = {"prompts": "texts.jsonl"}
+    finished(tmp_path / "a-full", None, 1.5, select="full", **texts)
+    finished(tmp_path / "a-tip", None, 1.25, **texts)
+    finished(tmp_path / "b-full", 0.5, select="full")
+    finished(tmp_path / "b-tip", 0.75)
+    table, _ = compared(tmp_path, capsys)
+    without = row_of(table, "tip", accuracy="-")
+    assert without["reverse_kl"] == "1.250"
+    assert without["agreement"] == "0.750"
+    assert without["compared in"] == "reverse_kl"
+    assert without["- full"] == "-0.250"
+    answered = row_of(table, "tip", accuracy="0.750")
+    assert answered["compared in"] == "accuracy"
+    assert answered["- full"] == "+0.250"
+
+
+@pytest.mark.parametrize("without", ["full", "tip", "tip-1"])
+def test_accuracies_are_compared_only_where_all_runs_have_one(
+    without, tmp_path, capsys
+):
+    # The prompts file had no answers yet when one of the runs was made.
+    for name, seed, right, distance in (
+        ("full", 0, 0.5, 1.5),
+        ("tip", 0, 0.75, 1.25),
+        ("tip-1", 1, 0.85, 1.0),
+    ):
+        accuracy = None if name == without else right
+        select = name.removesuffix("-1")
+        finished(tmp_path / name, accuracy, distance, select=select, seed=seed)
+    table, _ = compared(tmp_path, capsys)
+    row = row_of(table, "tip")
+    assert row["compared in"] == "reverse_kl"
+    assert row["- full"] == "-0.250 (1 of 2 seeds)"
 
 
 # ======================================================================================
@@ -3348,7 +4521,6 @@ def commands_of_the_readme():  # -> [(program, its flags)], with variables repla
 
 
 def test_every_command_and_flag_of_the_readme_is_understood_and_every_file_there():
-    diagnose = importlib.import_module("diagnose")
     parsers = {"opd.py": opd.parse_args, "diagnose.py": diagnose.parse_args}
     found = commands_of_the_readme()
     assert set(parsers) <= {program for program, _ in found}
