@@ -9,10 +9,10 @@ One training step (the loop in `train`):
 
   1. rollout  the student samples a response to each prompt
   2. score    at every response position, compare both models' next-token predictions:
-              entropy H, how unsure is the student?
-              divergence D, how much do the two disagree?
-              compatibility C, how much of what the teacher wants does the student
-              consider at all?
+              entropy H: how unsure the student is
+              divergence D: how much the two disagree
+              compatibility C: how much of what the teacher wants is among the
+              student's own candidates
   3. rank     by teachability, D * C, with D and C rescaled to [0, 1]
   4. select   keep the best share of the batch's positions: the `budget`, a tenth
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
@@ -24,7 +24,8 @@ sampling is never filtered. Names and formulas are the paper's.
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
 
-The method is in parts 1 to 3. Parts 4 to 6 (checks, files, the demo, flags) can wait.
+The method is in parts 1 to 3. Parts 4 to 7 can wait: numerical care, models and files,
+the demo, the command line.
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
 
@@ -53,10 +54,10 @@ from tqdm import tqdm
 METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
     "full",  # nothing: every position is kept. Plain on-policy distillation
     "teachability",  # D * C: the method of the paper
-    "teachability_entropy",  # H or D * C
+    "teachability_entropy",  # a soft OR of H and D * C
     "entropy",  # H
     "divergence",  # D
-    "tip",  # H or D, arXiv 2604.14084
+    "tip",  # a soft OR of H and D, arXiv 2604.14084
     "compatibility",  # C
     "incompatible",  # D * (1 - C)
     "random",
@@ -65,7 +66,8 @@ LOSSES = ("reverse_kl", "forward_kl", "sampled")
 
 
 # ======================================================================================
-# 1. The mathematics: pure functions of logits, in any float type. Copy them freely.
+# 1. The mathematics: pure functions of logits, in any float type. Copy them freely;
+#    they need math, numpy and torch.
 # ======================================================================================
 
 
@@ -138,7 +140,7 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 
 
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
-    """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over the valid positions.
+    """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over all valid positions.
 
     Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12.
     """
@@ -162,6 +164,8 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     that the method needs. "random" draws from `generator`, on the CPU. ValueError for
     an unknown method.
     """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
     if method == "full":
@@ -189,10 +193,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     h = robust_normalize(scores["entropy"], mask)
     if method == "tip":
         return 1 - (1 - h) * (1 - d)
-    if method == "teachability_entropy":
-        return 1 - (1 - h) * (1 - learnable)
-
-    raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    return 1 - (1 - h) * (1 - learnable)  # teachability_entropy
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -248,15 +249,6 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 # ======================================================================================
 
 
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():  # matrix products in bf16, on a GPU that can; nothing on a CPU
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made and checked by `load_pair`."""
 
@@ -281,33 +273,19 @@ class Rollout(NamedTuple):
 def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
     """True up to and including the first token that ends the response.
 
-    The end itself is trained on, also where padding has the same id.
+    With 0 as the end, [5, 0, 7, 0] gives [True, True, False, False]. The end itself is
+    trained on, and padding is not, even if it has the same id.
     """
     is_end = torch.isin(responses, torch.tensor(end_ids).to(responses))
     ends_before = is_end.cumsum(-1) - is_end.long()
     return ends_before == 0
 
 
-def generate(model, ids, attention, settings):
-    """model.generate() with these settings and no others."""
-    # What they leave unset, it would take from the checkpoint's own generation config
-    # (top_k=20, a repetition penalty, ...). So that one is replaced for a moment, too.
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with autocast():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter."""
     longest = max(len(prompt) for prompt in prompts)
-    padding_id = pair.end_ids[0] if pair.end_ids else 0  # any id does
+    padding_id = pair.end_ids[0] if pair.end_ids else 0  # any: no model looks at it
     ids = []
     attention = []
     for prompt in prompts:
@@ -317,11 +295,6 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
     attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
 
-    # Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer. The last ones are no
-    # tokens: never sample what only one model has.
-    output_rows = len(pair.student.get_output_embeddings().weight)
-    beyond = set(range(pair.vocab_size, output_rows)) - set(pair.end_ids)
-
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=pair.temperature,
@@ -330,7 +303,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         max_new_tokens=max_new_tokens,
         eos_token_id=pair.end_ids or None,
         pad_token_id=padding_id,
-        suppress_tokens=sorted(beyond) or None,
+        suppress_tokens=unshared_ids(pair) or None,  # those that only the student has
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
@@ -339,7 +312,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
 
-    # However a response ended, it is one event, with one id: see `next_token_logits`.
+    # However a response ended, that is one event with one id, see `merge_ends`.
     responses = responses.masked_fill(is_end, padding_id)
     return Rollout(
         ids=torch.cat([ids[:, :longest], responses], -1),
@@ -350,29 +323,15 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def micro_batches(batch, size):  # -> Rollouts of `size` responses
-    parts = []
-    for start in range(0, len(batch.ids), size):
-        rows = slice(start, start + size)
-        part = Rollout(
-            batch.ids[rows],
-            batch.attention[rows],
-            batch.responses[rows],
-            batch.mask[rows],
-            batch.truncated[rows],
-        )
-        parts.append(part)
-    return parts
-
-
-# The logits of a whole batch take 4 * B * R * V bytes, several times over: with a real
-# vocabulary, more than a GPU has. So the models run only to their last hidden states.
-# Logits are then made, used and freed for a chunk of positions at a time.
-
-
 def hidden_states(model, batch):  # -> [B, R, E]
-    """The model's last hidden states, each at the place of the token it predicts."""
-    # Rotary models do not mind, but GPT-2's learned positions must not count padding.
+    """The model's last hidden states, each at the place of the token it predicts.
+
+    Not its logits: those of a whole batch take 4 * B * R * V bytes, several times over.
+    With a real vocabulary that is more than a GPU has. So logits are made of hidden
+    states, used and freed for a chunk of positions at a time.
+    """
+    model.eval()  # for good: with dropout, scores and update would see another p
+    # Positions count from 0 at a prompt's first token, not at the padding before it.
     positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
     with autocast():
         output = model.base_model(
@@ -390,45 +349,19 @@ def hidden_states(model, batch):  # -> [B, R, E]
 
 
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
-    """The logits that define p or q everywhere: float32, at the pair's temperature.
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added, in one column.
-    """
+    """The logits that define p or q everywhere: float32, at the pair's temperature."""
     with autocast():
         logits = model.get_output_embeddings()(hidden)  # [n, output rows]
     logits = logits.float() / pair.temperature
-    shared = logits[:, : pair.vocab_size]  # a model may have more rows than the other
-    if len(pair.end_ids) < 2:
-        return shared
-
-    # log of a sum of exp, over the end tokens that this model has, maybe beyond V.
-    own_ends = [end for end in pair.end_ids if end < logits.shape[-1]]
-    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
-
-    # It stands in the first end's column. The others get probability 0: with -1e30, as
-    # an inf could make a nan.
-    shared_ends = [end for end in pair.end_ids if end < pair.vocab_size]
-    merged = shared.clone()
-    merged[:, shared_ends] = -1e30
-    merged[:, pair.end_ids[0]] = any_end
-    return merged
-
-
-LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
-
-
-def chunks(pair, positions):  # -> slices of as many positions as may be had at once
-    size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    return [slice(start, start + size) for start in range(0, positions, size)]
+    return merge_ends(logits, pair.end_ids, pair.vocab_size)
 
 
 @torch.no_grad()
 def logits_in_chunks(pair, batch, micro_batch_size):
     """Yield (student_logits [n, V], teacher_logits [n, V], tokens [n]), chunk by chunk.
 
-    All N valid positions of the batch, row by row, and the tokens sampled there.
+    Together they are the N valid positions of the batch, row by row: the order in which
+    batch.mask selects. `tokens` are those that were sampled there.
     """
     for part in micro_batches(batch, micro_batch_size):
         student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
@@ -449,9 +382,8 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     measure uses the tokens yet. Yours may: log q(y) - log p(y), for instance.)
     """
     return {
-        "kl_all": reverse_kl(
-            student_logits, teacher_logits
-        ),  # to be watched in the log
+        # The loss of full on-policy distillation: the curve to watch in the log.
+        "kl_all": reverse_kl(student_logits, teacher_logits),
         "entropy": entropy(student_logits),
         "divergence": divergence(student_logits, teacher_logits, k),
         "compatibility": compatibility(student_logits, teacher_logits, k),
@@ -484,6 +416,25 @@ def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
     return token_loss(kind, student_logits, teacher_logits, tokens).sum()
 
 
+def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
+    """`chunk_loss` of all N positions, with never more than one chunk of logits."""
+    total = 0.0
+    for chunk in chunks(pair, len(tokens)):
+        # checkpoint() calls chunk_loss, forgets the logits, and makes them again when
+        # the gradient comes back.
+        total = total + torch.utils.checkpoint.checkpoint(
+            chunk_loss,
+            pair,
+            kind,
+            student_hidden[chunk],
+            teacher_hidden[chunk],
+            tokens[chunk],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    return total
+
+
 def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
@@ -503,31 +454,19 @@ def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, no
             teacher_hidden = hidden_states(pair.teacher, part)[keep_part]
         tokens = part.responses[keep_part]
 
-        # checkpoint() forgets the logits of a chunk at once, and makes them again when
-        # the gradient comes back through it. So those of two chunks never coexist.
-        loss_sum = 0.0
-        for chunk in chunks(pair, len(tokens)):
-            loss_sum = loss_sum + torch.utils.checkpoint.checkpoint(
-                chunk_loss,
-                pair,
-                kind,
-                student_hidden[chunk],
-                teacher_hidden[chunk],
-                tokens[chunk],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-
         # The gradient runs from the logits to the kept hidden states, and from them
         # through the student's layers. It adds up in the weights' .grad over the parts.
-        loss = loss_sum / number_kept
+        total = summed_loss(pair, kind, student_hidden, teacher_hidden, tokens)
+        loss = total / number_kept
         loss.backward()
         mean_loss += loss.item()
 
     norm = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
     if not math.isfinite(mean_loss) or not math.isfinite(norm):
         optimizer.zero_grad()
-        raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm}")
+        raise FloatingPointError(
+            f"loss {mean_loss}, gradient norm {norm}: no step was taken; lower --lr"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return mean_loss, norm
@@ -538,19 +477,22 @@ def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, no
 # ======================================================================================
 
 
-def train(pair, examples, args, out, state=None, rule=None):
+def train(pair, examples, args, out, resumed=None, rule=None):
     """Train the student in place. `args` are the program's flags, see `parse_args`.
 
-    `state` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
-    ranks the positions instead of `rank`: a selection of your own.
+    `resumed` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
+    ranks the positions in place of `rank`: a selection of your own.
     """
     student = pair.student
-    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=args.lr, weight_decay=0.1, fused=True
+    )
     first_step = 0
-    if state is not None:
-        first_step = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-    budget = 1 if args.select == "full" else args.budget
+    if resumed is not None:
+        first_step = resumed["step"]
+        optimizer.load_state_dict(resumed["optimizer"])
+    keeps_all = args.select == "full" and rule is None
+    budget = 1 if keeps_all else args.budget
 
     # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
@@ -562,13 +504,16 @@ def train(pair, examples, args, out, state=None, rule=None):
         step_seed = args.seed * 1_000_003 + step  # another one for each run and step
         torch.manual_seed(step_seed)
         generator.manual_seed(step_seed)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # warm-up
+
         prompts = []
         for i in range(step * args.batch_size, (step + 1) * args.batch_size):
             example = examples[order[i % len(order)]]
             prompts.append(example["prompt"])
 
+        # The five parts of a step.
         batch = rollout(pair, prompts, args.max_new_tokens)
-        rollout_seconds = time.time() - started
+        rolled_out = time.time()
 
         scores = score(pair, batch, args.top_k, args.micro_batch_size)
 
@@ -579,31 +524,29 @@ def train(pair, examples, args, out, state=None, rule=None):
 
         keep = select(ranks, batch.mask, budget)
 
-        warm_up = min(1, (step + 1) / 10)
-        optimizer.param_groups[0]["lr"] = args.lr * warm_up
-        try:
-            loss, norm = update(
-                pair, optimizer, batch, keep, args.loss, args.micro_batch_size
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}; lower --lr") from None
+        loss, norm = update(
+            pair, optimizer, batch, keep, args.loss, args.micro_batch_size
+        )
 
+        # What is known of it: a line of the log, and perhaps a row in the terminal.
         valid = batch.mask.sum().item()
-        line = {"step": step, "loss": loss}
+        shown = {"step": step, "loss": loss}
         for name, values in scores.items():
-            line[name] = values.sum().item() / valid
-        line["mean_length"] = valid / len(prompts)
-        line["truncated"] = batch.truncated.float().mean().item()
-        line["seconds"] = time.time() - started
-        line["rollout_seconds"] = rollout_seconds
-        line["kept"] = keep.sum().item()
-        line["valid"] = valid
-        line["gradient_norm"] = norm
-        line["lr"] = args.lr * warm_up
-
-        is_shown = step % max(1, args.steps // 10) == 0 or step + 1 == args.steps
-        log(line, out / "log.jsonl", is_shown)
-        progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
+            shown[name] = values.sum().item() / valid  # 0 where not valid
+        shown["mean_length"] = valid / len(prompts)
+        shown["truncated"] = batch.truncated.float().mean().item()
+        shown["seconds"] = time.time() - started
+        more = {
+            "rollout_seconds": rolled_out - started,
+            "kept": keep.sum().item(),
+            "valid": valid,
+            "gradient_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        is_last = step + 1 == args.steps
+        is_tenth = step % max(1, args.steps // 10) == 0
+        log(out / "log.jsonl", shown, more, in_terminal=is_tenth or is_last)
+        progress.set_postfix(kl_all=f"{shown['kl_all']:.4f}", refresh=False)
 
         if args.save_every and (step + 1) % args.save_every == 0:
             state = {
@@ -614,20 +557,18 @@ def train(pair, examples, args, out, state=None, rule=None):
             save(pair, out / f"step-{step + 1}", state)
 
 
-def log(line, path, is_shown):  # {name: number}
-    """Append a line to the log; a part of it to the terminal, if `is_shown`."""
-    names = list(line)
-    names = names[: names.index("seconds") + 1]
+def log(path, shown, more, in_terminal):  # {name: number}, {name: number}
+    """Append a line to the log; what is `shown`, to the terminal as well."""
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:
-            show("  ".join(f"{name:>7}" for name in names))
-        file.write(json.dumps(line) + "\n")
+            show("  ".join(f"{name:>7}" for name in shown))
+        file.write(json.dumps({**shown, **more}) + "\n")
 
-    if is_shown:
+    if in_terminal:
         cells = []
-        for name in names:
+        for name, number in shown.items():
             width = max(7, len(name))
-            cells.append(f"{line[name]:{width}.4g}")
+            cells.append(f"{number:{width}.4g}")
         show("  ".join(cells))
 
 
@@ -682,7 +623,96 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. What stands around the method: models, prompts, answers, files. Bad input raises
+# 4. Care: precision, memory, ends, vocabularies. What the step above calls.
+# ======================================================================================
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():  # matrix products in bf16, on a GPU that can; nothing on a CPU
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings and no others."""
+    # What they leave unset, it would take from the checkpoint's own generation config
+    # (top_k=20, a repetition penalty, ...). So that one is replaced for a moment, too.
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
+def micro_batches(batch, size):  # -> Rollouts of `size` responses
+    parts = []
+    for start in range(0, len(batch.ids), size):
+        rows = slice(start, start + size)
+        part = Rollout(
+            batch.ids[rows],
+            batch.attention[rows],
+            batch.responses[rows],
+            batch.mask[rows],
+            batch.truncated[rows],
+        )
+        parts.append(part)
+    return parts
+
+
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
+
+
+def chunks(pair, positions):  # -> slices of as many positions as go at once
+    size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
+    return [slice(start, start + size) for start in range(0, positions, size)]
+
+
+def merge_ends(logits, end_ids, vocab_size):  # [n, output rows] -> [n, V]
+    """One column for all tokens that end a response, and only the shared vocabulary.
+
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up in the column
+    of the first. With the ends 2 and 5, column 2 holds log(exp z2 + exp z5), and column
+    5 has probability 0.
+    """
+    shared = logits[:, :vocab_size]  # a model may have more output rows than the other
+    if len(end_ids) < 2:
+        return shared
+
+    own_ends = []  # of this model, perhaps beyond the shared vocabulary
+    for end in end_ids:
+        if end < logits.shape[-1]:
+            own_ends.append(end)
+    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
+
+    merged = shared.clone()
+    for end in own_ends:
+        if end < vocab_size:
+            merged[:, end] = -1e30  # probability 0; an inf could make a nan
+    merged[:, end_ids[0]] = any_end
+    return merged
+
+
+def unshared_ids(pair):  # -> the student's output rows that are never to be sampled
+    """Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer: some are no tokens.
+
+    An end may lie among them, and that one can be sampled: `merge_ends` counts it.
+    """
+    output_rows = len(pair.student.get_output_embeddings().weight)
+    beyond = set(range(pair.vocab_size, output_rows))
+    return sorted(beyond - set(pair.end_ids))
+
+
+# ======================================================================================
+# 5. What stands around the method: models, prompts, answers, files. Bad input raises
 #    ValueError, which the command line turns into one clear line.
 # ======================================================================================
 
@@ -730,7 +760,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
             warn(f"{flag} {path}: weights that the model does not use, as {name}")
 
         model = model.to(device)
-        model.eval()  # for good: dropout would make the update see another p
+        model.eval()
         check_logits(model)
     except Exception as error:  # OSError, ImportError, SafetensorError, the device's
         raise ValueError(f"{flag} {path} on {device}: {describe(error)}") from error
@@ -1118,7 +1148,7 @@ def check_state(state, args, examples):
 
 
 # ======================================================================================
-# 5. The demo's world: sums on a clock, a teacher that adds well, a student that slips
+# 6. The demo's world: sums on a clock, a teacher that adds well, a student that slips
 # ======================================================================================
 
 PAIR = Path("runs/pair")
@@ -1205,7 +1235,7 @@ def build_pair():
 
     beside = PAIR.with_name("pair.partial")
     steps = 1100
-    batch_size = 8  # small, since what costs time is texts, not steps
+    batch_size = 8
     for name, seed, layers, slips in (("teacher", 7, 3, 0.0), ("student", 8, 2, 0.7)):
         # All texts at once. They have equally many tokens, so that none is padded.
         texts = write_texts(random.Random(seed), steps * batch_size, slips, style=0.7)
@@ -1214,10 +1244,8 @@ def build_pair():
         # The models learn what follows the prompt's colon; -100 marks all the rest.
         is_response = (ids == colon).cumsum(-1) > 0
         labels = ids.where(is_response, -100)
-        if name == "student":
-            labels[labels == obtains] = (
-                gets  # it reads the one, and is to write the other
-            )
+        if name == "student":  # it reads "obtains", but is to write "gets"
+            labels[labels == obtains] = gets
 
         torch.manual_seed(seed)
         config = transformers.Qwen3Config(
@@ -1292,7 +1320,7 @@ def check_demo():
 
 
 # ======================================================================================
-# 6. The command line
+# 7. The command line
 # ======================================================================================
 
 
@@ -1416,15 +1444,15 @@ def main(args, rule=None):
     started = time.time()
     if rule is not None:
         args.select = rule.__name__  # the name in summary.json
-    state = load_state(args.resume) if args.resume else None
+    resumed = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
-    if state is not None:
-        check_state(state, args, training)
+    if resumed is not None:
+        check_state(resumed, args, training)
 
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
-        train(pair, training, args, out, state, rule)
+        train(pair, training, args, out, resumed, rule)
     except KeyboardInterrupt:
         save(pair, out / "student")
         raise KeyboardInterrupt(

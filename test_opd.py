@@ -2088,9 +2088,7 @@ def test_a_prompt_that_the_file_repeats_among_the_held_out_is_not_trained_on(
 
 def test_where_too_few_prompts_are_not_held_out_one_line_says_so(run, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5"}\n' * 12)
-    says = (
-        "p.jsonl has 12 prompts, and 0 are left to train on; --batch-size and --eval-"
-    )
+    says = "p.jsonl has 12 prompts, 0 of them for training; --batch-size and --eval-"
     with one_line(capsys, says):
         opd.run(run, "out", "--prompts", tmp_path / "p.jsonl")
 
@@ -2188,7 +2186,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(
     run, tmp_path, capsys
 ):
     more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
-    with one_line(capsys, r"step \d+: loss.*--lr", status=1):
+    with one_line(capsys, r"loss.*--lr", status=1):
         opd.run(run, "out", *more)
     assert weights_of(tmp_path / "out" / "step-1")
 
