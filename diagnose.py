@@ -14,13 +14,14 @@ looking at the same positions twice, before training (theta0) and after it (thet
 `python diagnose.py` does all five for the demo of opd.py; `--after runs/opd-1/student`
 spares the training. Its tables are printed; a page for the browser has more.
 
-The gain G of a position is above 0 where theta1 is nearer. It is measured in three ways
-(some tables have a fourth, `with_relative`, which the paper's code uses):
+The gain G of a position is above 0 where theta1 is nearer. It is measured in three
+ways; two of the tables add a fourth:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
   overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1]: by how much a token that
               the student samples looks more like one of the teacher's
+  relative    the fall of forward_kl as a share of what it was, as in the paper's code
 
 Figures have 95 % intervals from a cluster bootstrap. It asks how different a figure
 might be, had other responses been sampled. Draw as many contexts as there are, with
@@ -28,6 +29,9 @@ replacement, each with all its positions, and compute the figure anew. Repeat th
 times: the middle 95 % of the results are the interval. Whole contexts are drawn, since
 the positions of one response resemble each other. Drawn one by one they would count as
 independent evidence, and the interval would be too narrow.
+
+The file goes from the measuring (steps 1 to 4) to statistics, analysis, wording and the
+command line; the last part draws the page and can be skipped.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's; H, D
 and C are entropy, divergence and compatibility; K is the number of top tokens that D
@@ -53,9 +57,9 @@ import opd
 def main(args):
     """The five steps. `scores` know theta0 alone; G and `later` know theta1, too."""
     pair, training, held_out = opd.prepare(args)
-    trained = pair  # opd.train changes its student in place
+    trained = None
     if args.after:
-        trained = load_trained(pair, args)
+        trained = load_trained(pair, args)  # early, as it may be refused
     out = opd.new_folder(args.out, "diagnosis")
 
     prompts = []
@@ -65,8 +69,9 @@ def main(args):
 
     batches = freeze(pair, prompts, args)  # step 1
     scores = measure_before(pair, batches, args)  # step 2
-    if not args.after:
+    if trained is None:
         opd.train(pair, training, args, out)  # step 3
+        trained = pair  # its student is theta1 now
     G, later = measure_gains(trained, batches, scores, args)  # step 4
 
     summary = describe(len(held_out), G, args)
@@ -105,7 +110,7 @@ def measure_distance(student_logits, teacher_logits):  # [n, V] twice -> {measur
     }
 
 
-def logits_in_chunks(pair, batches, args):
+def logits_of_contexts(pair, batches, args):
     """What opd.logits_in_chunks yields, for one batch of contexts after the other.
 
     The N positions come context by context, each from left to right. That order is
@@ -115,14 +120,16 @@ def logits_in_chunks(pair, batches, args):
         yield from opd.logits_in_chunks(pair, batch, args.micro_batch_size)
 
 
-def append(found, measured):  # {name: [arrays]}, {name: [n, ...] tensor}
+def add_chunk(found, measured):  # {name: [arrays]}, {name: [n, ...] tensor}
+    """Put what was measured in one chunk at the end of each name's list."""
     for name, values in measured.items():
         if values.is_floating_point():
             values = values.double()  # for long sums
         found[name].append(values.cpu().numpy())
 
 
-def join(found):  # {name: [arrays]} -> {name: [N, ...]}
+def join_chunks(found):  # {name: [arrays]} -> {name: [N, ...]}
+    """One long array of each name's list."""
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -148,28 +155,27 @@ def token_places(batches):  # -> {"id", "context", "position": [N]}
     }
 
 
-def measure_before(
-    pair, batches, args
-):  # -> {name: [N]}, and [N, 5] for the first choices
+def measure_before(pair, batches, args):
     """Step 2: all that may explain the gains, measured at theta0 alone.
 
-    Distances and entropies in nats; D and C for each K, as "D16" and "C16"; the five
-    likeliest tokens of both models; and the results of `token_places`.
+    Returns {name: [N]}: distances and entropies in nats; D and C for each K, as "D16"
+    and "C16"; the results of `token_places`; and, [N, 5], the five likeliest tokens of
+    both models.
     """
     how_many = min(5, pair.vocab_size)
     found = defaultdict(list)
-    for student_logits, teacher_logits, _ in logits_in_chunks(pair, batches, args):
+    for student_logits, teacher_logits, _ in logits_of_contexts(pair, batches, args):
         measured = measure_distance(student_logits, teacher_logits)
         measured["H"] = opd.entropy(student_logits)
         measured["H_teacher"] = opd.entropy(teacher_logits)
-        for k in args.supports:
+        for k in args.ks:  # K = 8, 16, 32 and --top-k
             measured[f"D{k}"] = opd.divergence(student_logits, teacher_logits, k)
             measured[f"C{k}"] = opd.compatibility(student_logits, teacher_logits, k)
         measured["student_choices"] = student_logits.topk(how_many).indices
         measured["teacher_choices"] = teacher_logits.topk(how_many).indices
-        append(found, measured)
+        add_chunk(found, measured)
 
-    return {**join(found), **token_places(batches)}
+    return {**join_chunks(found), **token_places(batches)}
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
@@ -189,18 +195,17 @@ def load_trained(pair, args):  # -> Pair with the student of --after
 def measure_gains(trained, batches, scores, args):  # -> {measure: [N]}, {name: [N]}
     """Step 4: G, and C once more, now of theta1 ("C16_after").
 
-    C of theta1 may explain nothing: it has seen the outcome. One table, `leak`, shows
-    what one would conclude with it.
+    C of theta1 must not be used to explain the gains: it has seen the outcome. One
+    table, `leak`, shows what one would conclude with it.
     """
-
     found = defaultdict(list)
-    for student_logits, teacher_logits, _ in logits_in_chunks(trained, batches, args):
+    for student_logits, teacher_logits, _ in logits_of_contexts(trained, batches, args):
         measured = measure_distance(student_logits, teacher_logits)
-        for k in args.supports:
+        for k in args.ks:
             c_after = opd.compatibility(student_logits, teacher_logits, k)
             measured[f"C{k}_after"] = c_after
-        append(found, measured)
-    later = join(found)
+        add_chunk(found, measured)
+    later = join_chunks(found)
 
     G = {
         "forward_kl": scores["forward_kl"] - later.pop("forward_kl"),
@@ -217,6 +222,12 @@ def measure_gains(trained, batches, scores, args):  # -> {measure: [N]}, {name: 
 # A thousand draws of all positions would be slow. But the figures are made of sums over
 # positions, so we sum within each context once. A draw is then a weighted sum of these,
 # and a context's weight is how often the draw contains it: weights @ sum_of_context.
+# An example with the contexts a, b and c:
+#
+#                     a  b  c
+#   sum_of_context  [ 2, 5, 1 ]   weights @ sum_of_context:
+#   weights       [ [ 1, 1, 1 ],     2 + 5 + 1 = 8    the sample
+#                   [ 2, 0, 1 ] ]    2 + 2 + 1 = 5    a draw of a, c and a again
 # ======================================================================================
 
 
@@ -227,8 +238,8 @@ def cluster_weights(contexts, draws, seed):  # -> weights [1 + draws, contexts]
     """
     generator = np.random.default_rng(seed)
     chances = np.full(contexts, 1 / contexts)
-    drawn = generator.multinomial(contexts, chances, size=draws)
-    return np.vstack([np.ones(contexts), drawn])
+    times_drawn = generator.multinomial(contexts, chances, size=draws)
+    return np.vstack([np.ones(contexts), times_drawn])
 
 
 def estimate(values):  # [1 + draws] -> {"value", "low", "high"}
@@ -257,13 +268,14 @@ def group_mean(values, member, context, weights):  # [N], [N] bool -> [1 + draws
 def quantile_group(values, groups, inside):  # [N], [N] bool -> [N]
     """The number of each position's group: 0 for the lowest values, and -1 if outside.
 
-    The positions inside are sorted and cut into groups of equal size.
+    The positions inside are sorted and cut into groups of equal size. For example, with
+    values 5, 1, 9, 3, 7 of which the last is outside, two groups are 1, 0, 1, 0, -1.
     """
     members = np.flatnonzero(inside)
     ascending = members[np.argsort(values[members], kind="stable")]
     group = np.full(len(values), -1)
-    rank = np.arange(len(members))
-    group[ascending] = rank * groups // max(len(members), 1)
+    place = np.arange(len(members))  # 0 for the lowest value inside
+    group[ascending] = place * groups // max(len(members), 1)
     return group
 
 
@@ -275,9 +287,13 @@ def zscore(values):  # [N] -> [N]
 def least_squares(features, names, outcome, context, weights):
     """Regress outcome [N] on features[name] [N], with an intercept.
 
-    All are z-scored first, so that slopes can be compared. Returns {name: slopes
-    [1 + draws]} and the sample's R2, a number. ValueError for a feature that is the
-    same everywhere; it says which.
+    Returns {name: slopes [1 + draws]} and the sample's R2, a number. ValueError for a
+    feature that is the same everywhere; it says which.
+
+    All are z-scored, so that slopes can be compared: once, on the sample, and not anew
+    in each draw. Then the plain version would be, for each draw: repeat each context's
+    positions as often as the draw contains it, and call np.linalg.lstsq on these. The
+    same slopes follow from sums over positions alone, as the comments below explain.
     """
     columns = [np.ones(len(outcome))]  # the intercept
     for name in names:
@@ -290,9 +306,9 @@ def least_squares(features, names, outcome, context, weights):
     X = np.column_stack(columns)  # [N, 1 + names]
     y = zscore(outcome)  # [N]
 
-    # The slopes solve (X'X) slopes = X'y. Both X'X and X'y are sums over positions, of
-    # products of two columns of X, or of a column and y. So these, too, are summed
-    # within each context first.
+    # The slopes solve (X'X) slopes = X'y, where X' is X transposed. Both X'X and X'y
+    # are sums over positions, of products of two columns of X, or of a column and y.
+    # So these, too, are summed within each context first.
     XX_of_context = []
     Xy_of_context = []
     for number in range(weights.shape[1]):
@@ -325,7 +341,10 @@ def mean_ranks(level, times):  # [N], [N] -> [N]
     """Ranks in a draw that contains each position `times` times.
 
     `level` is 0 at positions with the lowest value, 1 at those with the next, and so
-    on. Positions of one level share the mean of their ranks.
+    on. Positions of one level share the mean of their ranks. For example, the values
+    10, 20, 20 have the levels 0, 1, 1. Counted once each, they have the ranks 1, 2 and
+    3, of which the last two share 2.5. With the first counted twice, as in 10, 10, 20,
+    20, the ranks are 1.5, 3.5, 3.5.
     """
     equals = np.bincount(level, weights=times)  # [levels] size of each level
     last_rank = np.cumsum(equals)
@@ -358,12 +377,17 @@ def spearman(x, y, context, weights):  # [N], [N] -> [1 + draws]
 
 
 # ======================================================================================
-# Step 5, analysis. Each function returns the rows of a table, {label: {column: cell}}.
-# A cell is an estimate, a number or a text.
+# Step 5, analysis. Each function that makes a table returns two things: its rows,
+# {label: {column: cell}}, and the list of the labels that the terminal prints; the page
+# has all rows. A cell is an estimate, a number or a text.
 # ======================================================================================
 
+# The question is about D_learn and D_incompat, the two parts of D. All else is there so
+# that the two do not get the credit for it: H, as an unsure student may learn more
+# anywhere; the place in the response and the teacher's entropy, as in the paper. The
+# baseline has D as a whole, and its interaction with H; the two parts replace both.
 REGRESSORS = ("H", "D_learn", "D_incompat", "position", "H_teacher")
-UNSPLIT = ("H", "D", "H*D", "position", "H_teacher")  # the baseline: D as a whole
+UNSPLIT = ("H", "D", "H*D", "position", "H_teacher")  # the baseline
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -402,72 +426,102 @@ def with_relative(G, scores):  # {measure: [N]} -> the same, and "relative": [N]
     return {**G, "relative": np.clip(ratio, low, high)}
 
 
-def decomposition(scores, G, supports, weights):  # -> rows
+def decomposition(scores, G, ks, top_k, weights):  # -> rows, labels
     """Which part of the disagreement goes with G, learnable or incompatible?"""
     context = scores["context"]
     rows = {}
+    printed = []
     for name, outcome in with_relative(G, scores).items():
-        for k in supports:
+        for k in ks:
             features = make_features(scores, k)
             slopes, r2 = least_squares(features, REGRESSORS, outcome, context, weights)
             sample = weights[:1]  # no draws, as R2 gets no interval
             _, unsplit_r2 = least_squares(features, UNSPLIT, outcome, context, sample)
-            rows[f"{name}, K={k}"] = {
+            label = f"{name}, K={k}"
+            rows[label] = {
                 "D_learn": estimate(slopes["D_learn"]),
                 "D_incompat": estimate(slopes["D_incompat"]),
                 "gap": estimate(slopes["D_learn"] - slopes["D_incompat"]),
                 "R2": r2,
                 "R2, D": unsplit_r2,
             }
-    return rows
+            if k == top_k:
+                printed.append(label)
+    return rows, printed
 
 
-def is_in_q3(features):  # {name: [N]} -> [N] bool
-    """The paper's quadrant Q3, low H and high D: sure, and yet in disagreement."""
+def is_sure_yet_disagrees(features):  # {name: [N]} -> [N] bool
+    """Low H and high D: sure, yet in disagreement (the paper's quadrant Q3)."""
     is_sure = features["H"] <= np.median(features["H"])
     disagrees = features["D"] >= np.median(features["D"])
     return is_sure & disagrees
 
 
-def q3_contrast(features, outcome, context, weights):  # -> [1 + draws]
-    """Mean outcome of the most compatible third of Q3, less that of the least."""
-    third = quantile_group(features["C"], 3, is_in_q3(features))
+def contrast_by_compatibility(features, outcome, context, weights):  # -> [1 + draws]
+    """Among positions sure, yet in disagreement: does outcome rise with C?
+
+    The mean outcome of their most compatible third, less that of the least.
+    """
+    third = quantile_group(features["C"], 3, is_sure_yet_disagrees(features))
     top = group_mean(outcome, third == 2, context, weights)
     bottom = group_mean(outcome, third == 0, context, weights)
     return top - bottom
 
 
-def inside_q3(scores, G, supports, top_k, weights):  # -> rows
-    """Mean G by compatibility, and by either part of the disagreement, inside Q3."""
+def mean_gains(G, member, context, weights):  # -> {measure: estimate}, one row
+    """Mean gain of the members, in each measure."""
+    row = {}
+    for name, gain in G.items():
+        row[name] = estimate(group_mean(gain, member, context, weights))
+    return row
+
+
+def sure_yet_in_disagreement(scores, G, ks, top_k, weights):  # -> rows, labels
+    """Mean G of this group, by compatibility and by either part of the disagreement."""
     context = scores["context"]
     rows = {}
-    for k in supports:
+    printed = []
+    for k in ks:
         features = make_features(scores, k)
-        rows[f"top - bottom third of C, K={k}"] = {
-            name: estimate(q3_contrast(features, gain, context, weights))
-            for name, gain in G.items()
-        }
+        row = {}
+        for name, gain in G.items():
+            draws = contrast_by_compatibility(features, gain, context, weights)
+            row[name] = estimate(draws)
+        label = f"top - bottom third of C, K={k}"
+        rows[label] = row
+        if k == top_k:
+            printed.append(label)
 
     features = make_features(scores, top_k)
     for part in ("D_learn", "D_incompat"):
-        quarter = quantile_group(features[part], 4, is_in_q3(features))
+        quarter = quantile_group(features[part], 4, is_sure_yet_disagrees(features))
         for i in range(4):
-            rows[f"{part}, quarter {i + 1}, K={top_k}"] = {
-                name: estimate(group_mean(gain, quarter == i, context, weights))
-                for name, gain in G.items()
-            }
-    return rows
+            label = f"{part}, quarter {i + 1}, K={top_k}"
+            rows[label] = mean_gains(G, quarter == i, context, weights)
+    return rows, printed
 
 
-def leak(scores, later, G, supports, weights):  # -> rows
+def gap_and_contrast(features, outcome, context, weights):  # -> one row
+    slopes, _ = least_squares(features, REGRESSORS, outcome, context, weights)
+    gap = slopes["D_learn"] - slopes["D_incompat"]
+    contrast = contrast_by_compatibility(features, outcome, context, weights)
+    return {
+        "gap": estimate(gap),
+        "Q3, top - bottom third of C": estimate(contrast),
+    }
+
+
+def leak(scores, later, G, ks, top_k, weights):  # -> rows, labels
     """Two of the figures above, with C of theta0 and, wrongly, with C of theta1.
 
-    All else is of theta0 both times. H and D, and so Q3, do not change.
+    All else is of theta0 both times. H and D, and so who is sure and yet disagrees, do
+    not change.
     """
     context = scores["context"]
     outcomes = with_relative(G, scores)
     rows = {}
-    for k in supports:
+    printed = []
+    for k in ks:
         leaky_scores = {**scores, f"C{k}": later[f"C{k}_after"]}
         features_when_c = {
             "before": make_features(scores, k),
@@ -475,19 +529,14 @@ def leak(scores, later, G, supports, weights):  # -> rows
         }
         for name, outcome in outcomes.items():
             for when, features in features_when_c.items():
-                slopes, _ = least_squares(
-                    features, REGRESSORS, outcome, context, weights
-                )
-                gap = slopes["D_learn"] - slopes["D_incompat"]
-                contrast = q3_contrast(features, outcome, context, weights)
-                rows[f"{name}, C {when}, K={k}"] = {
-                    "gap": estimate(gap),
-                    "Q3, top - bottom third of C": estimate(contrast),
-                }
-    return rows
+                label = f"{name}, C {when}, K={k}"
+                rows[label] = gap_and_contrast(features, outcome, context, weights)
+                if k == top_k:
+                    printed.append(label)
+    return rows, printed
 
 
-def rank_correlations(scores, G, top_k, weights):  # -> rows
+def rank_correlations(scores, G, top_k, weights):  # -> rows, labels
     """What orders the positions as their gains do?"""
     features = make_features(scores, top_k)
     rows = {}
@@ -496,7 +545,7 @@ def rank_correlations(scores, G, top_k, weights):  # -> rows
         for name, gain in G.items():
             draws = spearman(features[order], gain, scores["context"], weights)
             rows[order][name] = estimate(draws)
-    return rows
+    return rows, list(rows)  # all are printed
 
 
 def kept_by(method, scores, k, budget, seed):  # -> [N] bool
@@ -518,7 +567,7 @@ def kept_by(method, scores, k, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
-def matched_budgets(scores, G, top_k, seed, weights):  # -> rows
+def matched_budgets(scores, G, top_k, seed, weights):  # -> rows, labels
     """Mean G of what each method would keep, at the same count for all (Table 8)."""
     choices = [("full", 1)]
     for budget in (0.03, 0.05, 0.1):
@@ -527,16 +576,17 @@ def matched_budgets(scores, G, top_k, seed, weights):  # -> rows
                 choices.append((method, budget))
 
     rows = {}
+    printed = []
     for method, budget in choices:
         kept = kept_by(method, scores, top_k, budget, seed)
-        rows[f"{budget:.0%} {method}"] = {
-            name: estimate(group_mean(gain, kept, scores["context"], weights))
-            for name, gain in G.items()
-        }
-    return rows
+        label = f"{budget:.0%} {method}"
+        rows[label] = mean_gains(G, kept, scores["context"], weights)
+        if budget in (1, 0.1):
+            printed.append(label)
+    return rows, printed
 
 
-def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows
+def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows, labels
     """The five tokens that each method keeps most often, with their share."""
     rows = {}
     for method in opd.METHODS:
@@ -545,7 +595,7 @@ def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows
         for token, count in Counter(ids.tolist()).most_common(5):
             texts.append(f"{decode(token)!r} {count / len(ids):.0%}")
         rows[method] = {"tokens": ", ".join(texts)}
-    return rows
+    return rows, []  # none is printed
 
 
 # ======================================================================================
@@ -553,10 +603,11 @@ def kept_tokens(scores, top_k, budget, seed, decode):  # -> rows
 # ======================================================================================
 
 
-def make_table(title, reading, rows, printed=None):  # -> one table of report.json
+def make_table(title, reading, rows, printed):  # -> one table of report.json
     """`reading` says how to read it. All rows have the columns of the first.
 
-    The page shows all rows, the terminal those whose labels are `printed`.
+    The page shows all rows, the terminal those whose labels are `printed`. A cell is a
+    text, a number, or an estimate: {"value", "low", "high"}.
     """
     first_row = next(iter(rows.values()))
     return {
@@ -564,22 +615,17 @@ def make_table(title, reading, rows, printed=None):  # -> one table of report.js
         "reading": reading,
         "columns": list(first_row),
         "rows": {label: list(row.values()) for label, row in rows.items()},
-        "printed": list(rows) if printed is None else printed,
+        "printed": printed,
     }
 
 
-def with_k(rows, k):  # -> the labels that end in this K
-    return [label for label in rows if label.endswith(f"K={k}")]
-
-
 def all_tables(scores, G, later, args, decode):  # -> a list of tables
-    """Everything that the report says in numbers, and how to read it."""
+    """Everything that the report says in numbers, and how to read it.
+
+    The star hands make_table both of what a function returns, rows and labels.
+    """
     weights = cluster_weights(args.contexts, args.bootstrap, args.seed)
     k = args.top_k
-    explained = decomposition(scores, G, args.supports, weights)
-    leaked = leak(scores, later, G, args.supports, weights)
-    q3 = inside_q3(scores, G, args.supports, k, weights)
-    budgets = matched_budgets(scores, G, k, args.seed, weights)
     return [
         make_table(
             "What explains G?",
@@ -587,40 +633,35 @@ def all_tables(scores, G, later, args, decode):  # -> a list of tables
             "learnable disagreement is learned more. The paper has, in forward_kl, "
             "D_learn .086 to .087 and D_incompat .043 to .045. R2 is the share of G "
             "that is explained; R2, D: with D unsplit.",
-            explained,
-            printed=with_k(explained, k),
+            *decomposition(scores, G, args.ks, k, weights),
         ),
         make_table(
             "If C were measured after training",
             "C before: as in the tables above and below. C after is a leak: what was "
             "learned stands in the trained student's top K by then, so C knows already "
             "what it is asked to foretell. Only C before can choose positions.",
-            leaked,
-            printed=with_k(leaked, k),
+            *leak(scores, later, G, args.ks, k, weights),
         ),
         make_table(
             "Sure, yet in disagreement (Q3)",
             "Mean G of positions with H at most, D at least its median. Top - bottom "
             "> 0: where the teacher's advice is more compatible, more is gained.",
-            q3,
-            printed=with_k(q3, k)[:1],
+            *sure_yet_in_disagreement(scores, G, args.ks, k, weights),
         ),
         make_table(
             "Rank correlation with G",
             "Spearman's: 1 if ordered by gain, 0 if unrelated. D is raw disagreement.",
-            rank_correlations(scores, G, k, weights),
+            *rank_correlations(scores, G, k, weights),
         ),
         make_table(
             "Mean G of what is kept",
             "Of the positions that each method would keep, equally many for each.",
-            budgets,
-            printed=[label for label in budgets if label.startswith("10")],
+            *matched_budgets(scores, G, k, args.seed, weights),
         ),
         make_table(
             f"What each method keeps at {args.budget:.0%}",
             "Its most frequent tokens, and their share.",
-            kept_tokens(scores, k, args.budget, args.seed, decode),
-            printed=[],
+            *kept_tokens(scores, k, args.budget, args.seed, decode),
         ),
     ]
 
@@ -646,6 +687,10 @@ def cell_text(cell):
     return f"{cell['value']:+.3f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
 
 
+def as_quote(text):  # -> its lines, for a terminal of 100 columns
+    return textwrap.fill(text, 98, initial_indent="> ", subsequent_indent="> ")
+
+
 def as_text(table):  # -> its main rows, for a terminal of 100 columns
     grid = [[table["title"], *table["columns"]]]
     for label in table["printed"]:
@@ -662,10 +707,54 @@ def as_text(table):  # -> its main rows, for a terminal of 100 columns
         for text, width in zip(row[1:], widths[1:]):
             line += "  " + text.rjust(width)
         lines.append(line)
-    reading = textwrap.fill(
-        table["reading"], 98, initial_indent="> ", subsequent_indent="> "
-    )
-    return "\n".join([*lines, reading])
+    return "\n".join([*lines, as_quote(table["reading"])])
+
+
+def verdict(cell):  # an estimate -> text
+    if cell["low"] > 0:
+        return "above 0"
+    if cell["high"] < 0:
+        return "below 0"
+    return "not distinguishable from 0"
+
+
+def highest(column):  # {label: estimate} -> labels
+    """The row with the highest value, and all whose intervals overlap with its own."""
+    best = max(column.values(), key=lambda cell: cell["value"])
+    return [label for label, cell in column.items() if cell["high"] >= best["low"]]
+
+
+def sides_of_zero(what, cells):  # text, {name: estimate} -> sentences
+    """Like this: The gap is above 0 in forward_kl. The gap is below 0 in overlap."""
+    names_of_side = defaultdict(list)
+    for name, cell in cells.items():
+        names_of_side[verdict(cell)].append(name)
+    sentences = []
+    for side, names in names_of_side.items():
+        sentences.append(f"{what} is {side} in {'; '.join(names)}.")
+    return " ".join(sentences)
+
+
+def conclusion(table):  # -> sentences for the terminal
+    """On which side of 0 are the gaps, or the figures of an only row?
+
+    The rows of the other tables are to be compared: which are highest?
+    """
+    columns = table["columns"]
+    rows = {label: table["rows"][label] for label in table["printed"]}
+    if "gap" in columns:
+        i = columns.index("gap")
+        gaps = {label: cells[i] for label, cells in rows.items()}
+        return sides_of_zero("The gap", gaps)
+    if len(rows) == 1:
+        label = table["printed"][0]
+        return sides_of_zero(f"The {label}", dict(zip(columns, rows[label])))
+
+    texts = []
+    for i, name in enumerate(columns):
+        labels = highest({label: cells[i] for label, cells in rows.items()})
+        texts.append(f"in {name} {', '.join(labels)}")
+    return f"Highest, and all whose intervals overlap with it: {'; '.join(texts)}."
 
 
 def position_lines(scores, G, later, decode):  # -> the text of positions.jsonl
@@ -713,12 +802,53 @@ def report(pair, prompts, scores, G, later, summary, args, out):
     for table in tables:
         if table["printed"]:
             opd.show("\n" + as_text(table))
+            opd.show(as_quote(conclusion(table)))
     opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
     opd.show("The page has more: other K and budgets, quarters, tokens kept, a map.")
 
 
 # ======================================================================================
-# Step 5, the page: one file, no script, nothing loaded from elsewhere
+# The command line
+# ======================================================================================
+
+
+def number_of_contexts(text):
+    number = int(text)
+    if number < 5:
+        raise argparse.ArgumentTypeError(f"{text} is less than 5")
+    return number
+
+
+def parse_args(argv=None):
+    """The flags of opd.py, and those of the diagnostic."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("the diagnostic (training is on all positions)")
+    add = group.add_argument
+    add(
+        "--contexts",
+        type=number_of_contexts,
+        default=300,
+        help="responses to freeze and measure",
+    )
+    add("--after", help="a trained version of --student (default: train one now)")
+    add("--bootstrap", type=int, default=1000, help="draws behind each interval")
+
+    if argv is None:
+        argv = sys.argv[1:]
+    args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
+    if args.resume:
+        parser.error("--resume is for opd.py, whose student --after takes")
+
+    # A prompt for each context. With --after they stay as they were, since that student
+    # may have been trained on all but --eval-prompts of them.
+    if not args.after:
+        args.eval_prompts = max(args.eval_prompts, args.contexts)
+    args.ks = sorted({8, 16, 32, args.top_k})
+    return args
+
+
+# ======================================================================================
+# Step 5, the page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -959,46 +1089,6 @@ token, or tap it.</p>
 {"".join(numbers)}
 </html>
 """
-
-
-# ======================================================================================
-# The command line
-# ======================================================================================
-
-
-def number_of_contexts(text):
-    number = int(text)
-    if number < 5:
-        raise argparse.ArgumentTypeError(f"{text} is less than 5")
-    return number
-
-
-def parse_args(argv=None):
-    """The flags of opd.py, and those of the diagnostic."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    group = parser.add_argument_group("the diagnostic (training is on all positions)")
-    add = group.add_argument
-    add(
-        "--contexts",
-        type=number_of_contexts,
-        default=300,
-        help="responses to freeze and measure",
-    )
-    add("--after", help="a trained version of --student (default: train one now)")
-    add("--bootstrap", type=int, default=1000, help="draws behind each interval")
-
-    if argv is None:
-        argv = sys.argv[1:]
-    args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
-    if args.resume:
-        parser.error("--resume is for opd.py, whose student --after takes")
-
-    # A prompt for each context. With --after they stay as they were, since that student
-    # may have been trained on all but --eval-prompts of them.
-    if not args.after:
-        args.eval_prompts = max(args.eval_prompts, args.contexts)
-    args.supports = sorted({8, 16, 32, args.top_k})
-    return args
 
 
 if __name__ == "__main__":

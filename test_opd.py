@@ -3463,7 +3463,7 @@ def made_up(effect, c_name="C16", contexts=60, each=30):
         bootstrap=100,
         seed=1,
         top_k=16,
-        supports=(8, 16, 32),
+        ks=(8, 16, 32),
         budget=0.1,
     )
     return scores, G, later, args
@@ -3716,7 +3716,8 @@ def test_an_absent_effect_is_not_found():
 def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
     scores, G, later, args = made_up(1.0, "C16_after")
     weights = diagnose.cluster_weights(args.contexts, 200, args.seed)
-    leaked = diagnose.leak(scores, later, G, [16], weights)
+    leaked, printed = diagnose.leak(scores, later, G, [16], 16, weights)
+    assert printed == list(leaked)
     for name in MEASURES:
         before_gap, before_contrast = leaked[f"{name}, C before, K=16"].values()
         after_gap, after_contrast = leaked[f"{name}, C after, K=16"].values()
@@ -3818,6 +3819,32 @@ def test_a_table_in_text_is_aligned():
         "two  -0.500 [-1.00, +0.00]  0.100",
         "> How to read.",
     ]
+
+
+def test_a_conclusion_is_drawn_from_whole_intervals():
+    above = {"value": 2, "low": 0.1, "high": 3}
+    below = {"value": -2, "low": -3, "high": -0.1}
+    across = {"value": 1, "low": -0.1, "high": 3}
+    for cell, says in (
+        (above, "above 0"),
+        (below, "below 0"),
+        (across, "not distinguishable from 0"),
+    ):
+        assert diagnose.verdict(cell) == says
+
+    # Of the gap where there is one, of an only row, or of the rows to be compared. The
+    # interval of y, in b, reaches into that of x; in a, that of x is below that of y.
+    rows = {"x": {"D": below, "gap": above}, "y": {"D": above, "gap": across}}
+    table = diagnose.make_table("T", "R", rows, printed=["x", "y"])
+    expected = "The gap is above 0 in x. The gap is not distinguishable from 0 in y."
+    assert diagnose.conclusion(table) == expected
+
+    rows = {"x": {"a": below, "b": above}, "y": {"a": above, "b": across}}
+    table = diagnose.make_table("T", "R", rows, printed=["x"])
+    assert diagnose.conclusion(table) == "The x is below 0 in a. The x is above 0 in b."
+
+    table = diagnose.make_table("T", "R", rows, printed=["x", "y"])
+    assert diagnose.conclusion(table).endswith(" overlap with it: in a y; in b x, y.")
 
 
 def after_merging(probabilities, ends):
@@ -3983,7 +4010,8 @@ def test_a_student_that_was_trained_earlier_gives_the_same_report(
     assert f"are in {tmp_path / 'again'}\n" in printed
     for table in again["tables"]:
         if table["printed"]:
-            assert f"\n{diagnose.as_text(table)}\n" in printed
+            said = diagnose.as_quote(diagnose.conclusion(table))
+            assert f"\n{diagnose.as_text(table)}\n{said}\n" in printed
         else:
             assert table["title"] not in printed
 
@@ -4060,12 +4088,12 @@ def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
     args = parsed()
     assert args.select == "full"
     assert args.contexts == args.eval_prompts == 300
-    assert args.supports == [8, 16, 32]
+    assert args.ks == [8, 16, 32]
     assert args.bootstrap == 1000
     assert parsed("--contexts", 5, "--eval-prompts", 6).eval_prompts == 6
     assert parsed("--after", "student").eval_prompts == 4
     assert parsed("--select", "tip").select == "tip"
-    assert parsed("--top-k", 4).supports == [4, 8, 16, 32]
+    assert parsed("--top-k", 4).ks == [4, 8, 16, 32]
     monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags(store, "elsewhere")])
     assert diagnose.parse_args().out == "elsewhere"
 
@@ -4177,6 +4205,7 @@ def test_bars_of_a_column_have_one_scale_with_zero_in_it():
                 "c": 0.5,
             },
         },
+        printed=[],
     )
     page = diagnose.table_html(table)
     bars = []
