@@ -51,6 +51,12 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
+# ======================================================================================
+# 1. The mathematics: pure functions of logits, in any float type. Copy them freely;
+#    they need math, numpy and torch.
+# ======================================================================================
+
+
 METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
     "full",  # nothing: every position is kept. Plain on-policy distillation
     "teachability",  # D * C: the method of the paper
@@ -63,12 +69,6 @@ METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
     "random",
 )
 LOSSES = ("reverse_kl", "forward_kl", "sampled")
-
-
-# ======================================================================================
-# 1. The mathematics: pure functions of logits, in any float type. Copy them freely;
-#    they need math, numpy and torch.
-# ======================================================================================
 
 
 def entropy(logits):  # [..., V] -> [...]
@@ -118,7 +118,7 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     is_copy = torch.cat([torch.zeros_like(in_both), in_both], -1)  # [..., 2K]
 
     # A softmax over the logits of U alone is p, or q, renormalised on U.
-    # The copies get -1e30 rather than -inf, as 0 * inf would be nan.
+    # The copies get -1e30, not -inf: below, q(v) = 0 times an infinity would be nan.
     student_union = student_logits.gather(-1, union).float()
     teacher_union = teacher_logits.gather(-1, union).float()
     logp = student_union.masked_fill(is_copy, -1e30).log_softmax(-1)
@@ -161,15 +161,15 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     """A number for each position, by which `method` ranks: high is kept first.
 
     `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
-    that the method needs. "random" draws from `generator`, on the CPU. ValueError for
-    an unknown method.
+    that the method needs. "random" draws from `generator`, on the CPU. "full" orders
+    nothing: select all, with a budget of 1. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
     if method == "full":
-        return torch.zeros(mask.shape, device=mask.device)  # all are kept in any order
+        return torch.zeros(mask.shape, device=mask.device)
     if method == "entropy":
         return robust_normalize(scores["entropy"], mask)
     if method == "divergence":
@@ -438,6 +438,7 @@ def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
 def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
+    But for memory, it were: loss = token_loss(...)[keep].mean(); loss.backward().
     Both models run once more, now that it is known which positions need a gradient;
     `select` keeps at least one of each response. Returns the mean loss, and the norm of
     its gradient, before that is clipped to norm 1. If either is not finite, no step is

@@ -2,8 +2,17 @@
 
 To understand a training step, read `plain_step`, right below: the same step without
 padding, micro-batches and chunks, one position at a time. Expected values are loops in
-plain Python or numbers worked out by hand. After it come helpers, the mathematics, the
-step, the program around it, diagnose.py, the README, and TRL.
+plain Python or numbers worked out by hand. In this order (the first three to learn
+from, the others to look things up):
+
+  the plain step, and an example of three tokens
+  helpers: tiny models, prompts, runs of the program
+  the mathematics, function by function; it grades the assignment
+  the step: rollout, the end of a response, scores, gradient
+  the program: training, evaluation, interruptions
+  models, prompts and answers, bad input, the terminal, the demo
+  diagnose.py and the scripts of the evidence
+  the README's blocks, commands and files; TRL
 
 `OPD=my_opd pytest -k mathematics` runs the tests of ten functions, those whose names
 begin with test_mathematics_, against a my_opd.py that `.evidence/assignment.py` wrote.
@@ -1174,6 +1183,24 @@ def test_each_pure_function_runs_alone_when_pasted():
         exec(text, alone)
         found = alone[name](*arguments[name])
         assert torch.equal(found, getattr(opd, name)(*arguments[name]))
+
+
+def test_the_whole_mathematics_runs_when_pasted_into_a_notebook():
+    source = (HERE / "opd.py").read_text()
+    part = source[source.index("# 1. The mathematics") : source.index("# 2. One")]
+    pasted = {"torch": torch, "math": math, "numpy": np}
+    exec(part, pasted)
+    s, t = logits(4, 9, 30), logits(4, 9, 30, seed=1)
+    mask = torch.ones(4, 9) > 0
+    scores = {}
+    for name in ("divergence", "compatibility"):
+        scores[name] = pasted[name](s, t, 5)
+    ranks = pasted["rank"]("teachability", scores, mask)
+    keep = pasted["select"](ranks, mask, 0.25)
+    assert keep.sum() >= 9
+    assert torch.equal(ranks, opd.rank("teachability", scores, mask))
+    with pytest.raises(ValueError):
+        pasted["token_loss"]("nonsense", s, t, torch.zeros(4, 9).long())
 
 
 def test_response_mask_ends_with_the_first_of_several_ends_even_if_they_pad():
