@@ -285,7 +285,7 @@ def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter."""
     longest = max(len(prompt) for prompt in prompts)
-    padding_id = pair.end_ids[0] if pair.end_ids else 0  # any: no model looks at it
+    padding_id = 0  # any will do, since attention is 0 there
     ids = []
     attention = []
     for prompt in prompts:
@@ -312,8 +312,9 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
 
-    # However a response ended, that is one event with one id, see `merge_ends`.
-    responses = responses.masked_fill(is_end, padding_id)
+    # However a response ended, that is one event with one id: see `merge_ends`.
+    if pair.end_ids:
+        responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :longest], responses], -1),
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
@@ -417,11 +418,11 @@ def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
 
 
 def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """`chunk_loss` of all N positions, with never more than one chunk of logits."""
+    """`chunk_loss` of all n positions, with never more than one chunk of logits."""
     total = 0.0
     for chunk in chunks(pair, len(tokens)):
         # checkpoint() calls chunk_loss, forgets the logits, and makes them again when
-        # the gradient comes back.
+        # the gradient comes back. Nothing in it is random.
         total = total + torch.utils.checkpoint.checkpoint(
             chunk_loss,
             pair,
