@@ -1065,8 +1065,13 @@ def response_text(pair, batch, i):  # -> the text of response i, without its end
 def save(pair, folder, state=None):
     """Write beside, then rename: what is called `folder` is complete. Else OSError."""
     beside = folder.with_name(folder.name + ".partial")
+    # The generation config is written as it came. Through the model, some versions of
+    # transformers refuse to save what they have loaded (a temperature, no do_sample).
+    own_config = pair.student.generation_config
+    pair.student.generation_config = transformers.GenerationConfig()
     try:
         pair.student.save_pretrained(beside)
+        own_config.to_json_file(beside / "generation_config.json")
         pair.tokenizer.save_pretrained(beside)
         if state is not None:
             torch.save(state, beside / "state.pt")
@@ -1076,6 +1081,8 @@ def save(pair, folder, state=None):
             f"{folder} could not be written, earlier saves are intact: "
             f"{describe(error)}"
         ) from error
+    finally:
+        pair.student.generation_config = own_config
 
 
 def write_file(path, text):  # never half a file under this name
