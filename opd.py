@@ -52,8 +52,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
 # ======================================================================================
-# 1. The mathematics: pure functions of logits, in any float type. Copy them freely;
-#    they need math, numpy and torch.
+# 1. The mathematics: pure functions of logits. Half-precision logits are cast to float32
+#    before anything is computed. Copy them freely; they need math, numpy and torch.
 # ======================================================================================
 
 
@@ -439,11 +439,11 @@ def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
 def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
-    But for memory, it were: loss = token_loss(...)[keep].mean(); loss.backward().
+    If memory were no matter: loss = token_loss(...)[keep].mean(); loss.backward().
     Both models run once more, now that it is known which positions need a gradient;
     `select` keeps at least one of each response. Returns the mean loss, and the norm of
-    its gradient, before that is clipped to norm 1. If either is not finite, no step is
-    taken: FloatingPointError.
+    its gradient, before that is clipped to norm 1: two floats. If either is not finite,
+    no step is taken: FloatingPointError.
     """
     # The divisor counts the whole batch. With a mean for each micro-batch, a position
     # would weigh more where few others were kept.

@@ -1185,8 +1185,8 @@ def test_each_pure_function_runs_alone_when_pasted():
         assert torch.equal(found, getattr(opd, name)(*arguments[name]))
 
 
-def test_the_whole_mathematics_runs_when_pasted_into_a_notebook():
-    source = (HERE / "opd.py").read_text()
+def test_part_1_as_a_whole_runs_when_pasted_into_a_notebook():
+    source = Path(opd.__file__).read_text()
     part = source[source.index("# 1. The mathematics") : source.index("# 2. One")]
     pasted = {"torch": torch, "math": math, "numpy": np}
     exec(part, pasted)
