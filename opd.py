@@ -52,8 +52,8 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 
 # ======================================================================================
-# 1. The mathematics: pure functions of logits. Half-precision logits are cast to float32
-#    before anything is computed. Copy them freely; they need math, numpy and torch.
+# 1. The mathematics: pure functions of logits. Those in half precision are cast to
+#    float32 first. Copy the functions freely; they need math, numpy and torch.
 # ======================================================================================
 
 
