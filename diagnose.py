@@ -710,53 +710,6 @@ def as_text(table):  # -> its main rows, for a terminal of 100 columns
     return "\n".join([*lines, as_quote(table["reading"])])
 
 
-def verdict(cell):  # an estimate -> text
-    if cell["low"] > 0:
-        return "above 0"
-    if cell["high"] < 0:
-        return "below 0"
-    return "not distinguishable from 0"
-
-
-def highest(column):  # {label: estimate} -> labels
-    """The row with the highest value, and all whose intervals overlap with its own."""
-    best = max(column.values(), key=lambda cell: cell["value"])
-    return [label for label, cell in column.items() if cell["high"] >= best["low"]]
-
-
-def sides_of_zero(what, cells):  # text, {name: estimate} -> sentences
-    """Like this: The gap is above 0 in forward_kl. The gap is below 0 in overlap."""
-    names_of_side = defaultdict(list)
-    for name, cell in cells.items():
-        names_of_side[verdict(cell)].append(name)
-    sentences = []
-    for side, names in names_of_side.items():
-        sentences.append(f"{what} is {side} in {'; '.join(names)}.")
-    return " ".join(sentences)
-
-
-def conclusion(table):  # -> sentences for the terminal
-    """On which side of 0 are the gaps, or the figures of an only row?
-
-    The rows of the other tables are to be compared: which are highest?
-    """
-    columns = table["columns"]
-    rows = {label: table["rows"][label] for label in table["printed"]}
-    if "gap" in columns:
-        i = columns.index("gap")
-        gaps = {label: cells[i] for label, cells in rows.items()}
-        return sides_of_zero("The gap", gaps)
-    if len(rows) == 1:
-        label = table["printed"][0]
-        return sides_of_zero(f"The {label}", dict(zip(columns, rows[label])))
-
-    texts = []
-    for i, name in enumerate(columns):
-        labels = highest({label: cells[i] for label, cells in rows.items()})
-        texts.append(f"in {name} {', '.join(labels)}")
-    return f"Highest, and all whose intervals overlap with it: {'; '.join(texts)}."
-
-
 def position_lines(scores, G, later, decode):  # -> the text of positions.jsonl
     columns = {}
     for name, values in scores.items():
@@ -802,7 +755,6 @@ def report(pair, prompts, scores, G, later, summary, args, out):
     for table in tables:
         if table["printed"]:
             opd.show("\n" + as_text(table))
-            opd.show(as_quote(conclusion(table)))
     opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
     opd.show("The page has more: other K and budgets, quarters, tokens kept, a map.")
 

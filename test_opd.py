@@ -3848,32 +3848,6 @@ def test_a_table_in_text_is_aligned():
     ]
 
 
-def test_a_conclusion_is_drawn_from_whole_intervals():
-    above = {"value": 2, "low": 0.1, "high": 3}
-    below = {"value": -2, "low": -3, "high": -0.1}
-    across = {"value": 1, "low": -0.1, "high": 3}
-    for cell, says in (
-        (above, "above 0"),
-        (below, "below 0"),
-        (across, "not distinguishable from 0"),
-    ):
-        assert diagnose.verdict(cell) == says
-
-    # Of the gap where there is one, of an only row, or of the rows to be compared. The
-    # interval of y, in b, reaches into that of x; in a, that of x is below that of y.
-    rows = {"x": {"D": below, "gap": above}, "y": {"D": above, "gap": across}}
-    table = diagnose.make_table("T", "R", rows, printed=["x", "y"])
-    expected = "The gap is above 0 in x. The gap is not distinguishable from 0 in y."
-    assert diagnose.conclusion(table) == expected
-
-    rows = {"x": {"a": below, "b": above}, "y": {"a": above, "b": across}}
-    table = diagnose.make_table("T", "R", rows, printed=["x"])
-    assert diagnose.conclusion(table) == "The x is below 0 in a. The x is above 0 in b."
-
-    table = diagnose.make_table("T", "R", rows, printed=["x", "y"])
-    assert diagnose.conclusion(table).endswith(" overlap with it: in a y; in b x, y.")
-
-
 def after_merging(probabilities, ends):
     """The ends' probabilities as one number, in the place of the first."""
     first, *others = ends
@@ -4037,8 +4011,7 @@ def test_a_student_that_was_trained_earlier_gives_the_same_report(
     assert f"are in {tmp_path / 'again'}\n" in printed
     for table in again["tables"]:
         if table["printed"]:
-            said = diagnose.as_quote(diagnose.conclusion(table))
-            assert f"\n{diagnose.as_text(table)}\n{said}\n" in printed
+            assert f"\n{diagnose.as_text(table)}\n" in printed
         else:
             assert table["title"] not in printed
 
