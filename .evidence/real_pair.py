@@ -1,4 +1,4 @@
-"""The real pair of README section 4, in runs/real/: a teacher, a student that is the same model without
+"""The real pair of the evidence, in runs/real/: a teacher, a student that is the same model without
 two layers, and prompts."""
 
 import importlib.util, json, pydoc_data.topics, random, re, sys, torch, transformers

@@ -1,4 +1,4 @@
-"""Short questions for the pair of README section 4, in runs/real/questions.jsonl. Each
+"""Short questions for the real pair, in runs/real/questions.jsonl. Each
 is a chat in which two others of its kind are answered in one word. No question comes
 twice: the last 200 lines, to be held out, ask nothing that the lines before ask."""
 
