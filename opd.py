@@ -526,9 +526,12 @@ def train(pair, examples, args, out, resumed=None, rule=None):
 
         keep = select(ranks, batch.mask, budget)
 
-        loss, norm = update(
-            pair, optimizer, batch, keep, args.loss, args.micro_batch_size
-        )
+        try:
+            loss, norm = update(
+                pair, optimizer, batch, keep, args.loss, args.micro_batch_size
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from None
 
         # What is known of it: a line of the log, and perhaps a row in the terminal.
         valid = batch.mask.sum().item()
