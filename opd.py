@@ -24,8 +24,8 @@ sampling is never filtered. Names and formulas are the paper's.
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
 
-The method is in parts 1 to 3. Parts 4 to 7 can wait: numerical care, models and files,
-the demo, the command line.
+The method is in parts 1 to 3, a third of the file. Parts 4 to 6 can wait: models and
+files, the demo's world, the command line.
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
 
@@ -200,8 +200,9 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions.
 
     Ties go to the earlier position, row by row. Then each response of which nothing was
-    kept gets its best position, which may exceed the budget. ValueError for a budget
-    outside (0, 1].
+    kept gets its best position, which may exceed the budget. For example, with ranks
+    [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
+    and .7 are kept, then .3, too. ValueError for a budget outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -245,7 +246,11 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 
 
 # ======================================================================================
-# 2. One training step
+# 2. One training step: rollout, score, update (rank and select stand in part 1)
+#
+#    Two sizes keep it small in memory. So many responses as are in a micro-batch run
+#    through a model's layers at once. And for so many positions as are in a chunk there
+#    are logits at once: they are by far the largest tensors, V numbers a position.
 # ======================================================================================
 
 
@@ -268,6 +273,36 @@ class Rollout(NamedTuple):
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
+
+
+# ------------------------------------------------------------------------------ rollout
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
 
 
 def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
@@ -295,6 +330,11 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
     attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
 
+    # A model may have more output rows than its tokenizer has tokens: Qwen2.5 has
+    # 151,936 or 152,064. Rows that the teacher lacks are never sampled, but for ends.
+    output_rows = len(pair.student.get_output_embeddings().weight)
+    never = set(range(pair.vocab_size, output_rows)) - set(pair.end_ids)
+
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=pair.temperature,
@@ -303,7 +343,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         max_new_tokens=max_new_tokens,
         eos_token_id=pair.end_ids or None,
         pad_token_id=padding_id,
-        suppress_tokens=unshared_ids(pair) or None,  # those that only the student has
+        suppress_tokens=sorted(never) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
@@ -312,7 +352,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
 
-    # However a response ended, that is one event with one id: see `merge_ends`.
+    # Whichever token ended a response, it counts as one and the same: see `merge_ends`.
     if pair.end_ids:
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
@@ -324,20 +364,23 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def hidden_states(model, batch):  # -> [B, R, E]
+# -------------------------------------------------------------------------------- score
+
+
+def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
     """The model's last hidden states, each at the place of the token it predicts.
 
-    Not its logits: those of a whole batch take 4 * B * R * V bytes, several times over.
-    With a real vocabulary that is more than a GPU has. So logits are made of hidden
-    states, used and freed for a chunk of positions at a time.
+    `rows` are the responses that run through the model; by default, all of the batch.
+    Logits are made of hidden states later, for a chunk of positions at a time.
     """
     model.eval()  # for good: with dropout, scores and update would see another p
+    attention = batch.attention[rows]
     # Positions count from 0 at a prompt's first token, not at the padding before it.
-    positions = (batch.attention.cumsum(-1) - 1).clamp(min=0)
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
     with autocast():
         output = model.base_model(
-            batch.ids,
-            attention_mask=batch.attention,
+            batch.ids[rows],
+            attention_mask=attention,
             position_ids=positions,
             use_cache=False,
         )
@@ -349,6 +392,43 @@ def hidden_states(model, batch):  # -> [B, R, E]
     return hidden[:, -length - 1 : -1]
 
 
+@torch.no_grad()
+def read_batch(model, batch, micro_batch_size):  # -> [B, R, E]
+    """`hidden_states` of all responses, without gradient, in micro-batches."""
+    parts = []
+    for start in range(0, len(batch.ids), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        parts.append(hidden_states(model, batch, rows))
+    return torch.cat(parts)
+
+
+def merge_ends(logits, end_ids, vocab_size):  # [n, output rows] -> [n, V]
+    """One column for all tokens that end a response, and only the shared vocabulary.
+
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up in the column
+    of the first. With the ends 2 and 5, column 2 holds log(exp z2 + exp z5), and column
+    5 has probability 0.
+    """
+    shared = logits[:, :vocab_size]  # a model may have more output rows than the other
+    if len(end_ids) < 2:
+        return shared
+
+    own_ends = []  # of this model, perhaps beyond the shared vocabulary
+    for end in end_ids:
+        if end < logits.shape[-1]:
+            own_ends.append(end)
+    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
+
+    merged = shared.clone()
+    for end in own_ends:
+        if end < vocab_size:
+            merged[:, end] = -1e30  # probability 0; an inf could make a nan
+    merged[:, end_ids[0]] = any_end
+    return merged
+
+
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q everywhere: float32, at the pair's temperature."""
     with autocast():
@@ -357,23 +437,28 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     return merge_ends(logits, pair.end_ids, pair.vocab_size)
 
 
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
+
+
+def chunk_size(pair):  # -> how many positions have logits at once
+    return max(1, LOGITS_AT_ONCE // pair.vocab_size)
+
+
 @torch.no_grad()
-def logits_in_chunks(pair, batch, micro_batch_size):
+def logits_in_chunks(pair, batch, student_hidden, teacher_hidden):
     """Yield (student_logits [n, V], teacher_logits [n, V], tokens [n]), chunk by chunk.
 
     Together they are the N valid positions of the batch, row by row: the order in which
     batch.mask selects. `tokens` are those that were sampled there.
     """
-    for part in micro_batches(batch, micro_batch_size):
-        student_hidden = hidden_states(pair.student, part)[part.mask]  # [n, E]
-        teacher_hidden = hidden_states(pair.teacher, part)[part.mask]
-        tokens = part.responses[part.mask]  # [n]
-        for chunk in chunks(pair, len(tokens)):
-            yield (
-                next_token_logits(pair, pair.student, student_hidden[chunk]),
-                next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
-                tokens[chunk],
-            )
+    size = chunk_size(pair)
+    student_chunks = student_hidden[batch.mask].split(size)
+    teacher_chunks = teacher_hidden[batch.mask].split(size)
+    token_chunks = batch.responses[batch.mask].split(size)
+    for student, teacher, tokens in zip(student_chunks, teacher_chunks, token_chunks):
+        student_logits = next_token_logits(pair, pair.student, student)
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher)
+        yield student_logits, teacher_logits, tokens
 
 
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
@@ -391,10 +476,17 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     }
 
 
-def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
-    """`measure` at every valid position of the batch, without gradient; 0 elsewhere."""
+@torch.no_grad()
+def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
+    """`measure` at every valid position of the batch, without gradient; 0 elsewhere.
+
+    Returns the teacher's hidden states, too: `update` needs them again.
+    """
+    student_hidden = read_batch(pair.student, batch, micro_batch_size)
+    teacher_hidden = read_batch(pair.teacher, batch, micro_batch_size)
+
     found = defaultdict(list)
-    all_chunks = logits_in_chunks(pair, batch, micro_batch_size)
+    all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
     for student_logits, teacher_logits, tokens in all_chunks:
         measured = measure(student_logits, teacher_logits, tokens, k)
         for name, values in measured.items():
@@ -406,7 +498,10 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}
         grid = torch.zeros(batch.mask.shape, device=values.device)
         grid[batch.mask] = values.float()
         scores[name] = grid
-    return scores
+    return scores, teacher_hidden
+
+
+# ------------------------------------------------------------------------------- update
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
@@ -418,47 +513,50 @@ def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
 
 
 def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """`chunk_loss` of all n positions, with never more than one chunk of logits."""
+    """The same sum, with never more than one chunk of logits in memory."""
+    size = chunk_size(pair)
     total = 0.0
-    for chunk in chunks(pair, len(tokens)):
+    for student, teacher, chosen in zip(
+        student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
+    ):
         # checkpoint() calls chunk_loss, forgets the logits, and makes them again when
         # the gradient comes back. Nothing in it is random.
         total = total + torch.utils.checkpoint.checkpoint(
             chunk_loss,
             pair,
             kind,
-            student_hidden[chunk],
-            teacher_hidden[chunk],
-            tokens[chunk],
+            student,
+            teacher,
+            chosen,
             use_reentrant=False,
             preserve_rng_state=False,
         )
     return total
 
 
-def update(pair, optimizer, batch, keep, kind, micro_batch_size):  # -> loss, norm
+def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
     If memory were no matter: loss = token_loss(...)[keep].mean(); loss.backward().
-    Both models run once more, now that it is known which positions need a gradient;
-    `select` keeps at least one of each response. Returns the mean loss, and the norm of
-    its gradient, before that is clipped to norm 1: two floats. If either is not finite,
-    no step is taken: FloatingPointError.
+    The student runs once more, now with a gradient; `select` keeps at least one
+    position of each response. Returns the mean loss, and the norm of its gradient
+    before that is clipped to norm 1: two floats. If either is not finite, no step is
+    taken: FloatingPointError.
     """
     # The divisor counts the whole batch. With a mean for each micro-batch, a position
     # would weigh more where few others were kept.
     number_kept = keep.sum()
     mean_loss = 0.0
-    parts = micro_batches(batch, micro_batch_size)
-    for part, keep_part in zip(parts, keep.split(micro_batch_size)):
-        student_hidden = hidden_states(pair.student, part)[keep_part]  # [n, E]
-        with torch.no_grad():
-            teacher_hidden = hidden_states(pair.teacher, part)[keep_part]
-        tokens = part.responses[keep_part]
+    for start in range(0, len(keep), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        kept = keep[rows]
+        student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
+        teacher_kept = teacher_hidden[rows][kept]  # [n, E]
+        tokens = batch.responses[rows][kept]  # [n]
 
         # The gradient runs from the logits to the kept hidden states, and from them
-        # through the student's layers. It adds up in the weights' .grad over the parts.
-        total = summed_loss(pair, kind, student_hidden, teacher_hidden, tokens)
+        # through the student's layers. In the weights' .grad, micro-batches add up.
+        total = summed_loss(pair, kind, student_kept, teacher_kept, tokens)
         loss = total / number_kept
         loss.backward()
         mean_loss += loss.item()
@@ -517,7 +615,7 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         batch = rollout(pair, prompts, args.max_new_tokens)
         rolled_out = time.time()
 
-        scores = score(pair, batch, args.top_k, args.micro_batch_size)
+        scores, teacher_hidden = score(pair, batch, args.top_k, args.micro_batch_size)
 
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
@@ -528,30 +626,35 @@ def train(pair, examples, args, out, resumed=None, rule=None):
 
         try:
             loss, norm = update(
-                pair, optimizer, batch, keep, args.loss, args.micro_batch_size
+                pair,
+                optimizer,
+                batch,
+                teacher_hidden,
+                keep,
+                args.loss,
+                args.micro_batch_size,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from None
 
-        # What is known of it: a line of the log, and perhaps a row in the terminal.
+        # A line of the log, and perhaps a row in the terminal.
         valid = batch.mask.sum().item()
-        shown = {"step": step, "loss": loss}
+        line = {"step": step, "loss": loss}
         for name, values in scores.items():
-            shown[name] = values.sum().item() / valid  # 0 where not valid
-        shown["mean_length"] = valid / len(prompts)
-        shown["truncated"] = batch.truncated.float().mean().item()
-        shown["seconds"] = time.time() - started
-        more = {
-            "rollout_seconds": rolled_out - started,
-            "kept": keep.sum().item(),
-            "valid": valid,
-            "gradient_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
+            line[name] = values.sum().item() / valid  # they are 0 where not valid
+        line["mean_length"] = valid / len(prompts)
+        line["truncated"] = batch.truncated.float().mean().item()
+        line["seconds"] = time.time() - started
+        line["rollout_seconds"] = rolled_out - started
+        line["kept"] = keep.sum().item()
+        line["valid"] = valid
+        line["gradient_norm"] = norm
+        line["lr"] = optimizer.param_groups[0]["lr"]
+
         is_last = step + 1 == args.steps
         is_tenth = step % max(1, args.steps // 10) == 0
-        log(out / "log.jsonl", shown, more, in_terminal=is_tenth or is_last)
-        progress.set_postfix(kl_all=f"{shown['kl_all']:.4f}", refresh=False)
+        log(out / "log.jsonl", line, in_terminal=is_tenth or is_last)
+        progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
 
         if args.save_every and (step + 1) % args.save_every == 0:
             state = {
@@ -562,18 +665,22 @@ def train(pair, examples, args, out, resumed=None, rule=None):
             save(pair, out / f"step-{step + 1}", state)
 
 
-def log(path, shown, more, in_terminal):  # {name: number}, {name: number}
-    """Append a line to the log; what is `shown`, to the terminal as well."""
+NOT_IN_TERMINAL = ("rollout_seconds", "kept", "valid", "gradient_norm", "lr")
+
+
+def log(path, line, in_terminal):  # {name: number}
+    """Append a line to the log; if `in_terminal`, print it as a row, too."""
+    columns = [name for name in line if name not in NOT_IN_TERMINAL]
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:
-            show("  ".join(f"{name:>7}" for name in shown))
-        file.write(json.dumps({**shown, **more}) + "\n")
+            show("  ".join(f"{name:>7}" for name in columns))
+        file.write(json.dumps(line) + "\n")
 
     if in_terminal:
         cells = []
-        for name, number in shown.items():
+        for name in columns:
             width = max(7, len(name))
-            cells.append(f"{number:{width}.4g}")
+            cells.append(f"{line[name]:{width}.4g}")
         show("  ".join(cells))
 
 
@@ -605,7 +712,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        all_chunks = logits_in_chunks(pair, batch, args.micro_batch_size)
+        student_hidden = read_batch(pair.student, batch, args.micro_batch_size)
+        teacher_hidden = read_batch(pair.teacher, batch, args.micro_batch_size)
+        all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
         for student_logits, teacher_logits, _ in all_chunks:
             same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
             found = {
@@ -628,96 +737,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. Care: precision, memory, ends, vocabularies. What the step above calls.
-# ======================================================================================
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():  # matrix products in bf16, on a GPU that can; nothing on a CPU
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def generate(model, ids, attention, settings):
-    """model.generate() with these settings and no others."""
-    # What they leave unset, it would take from the checkpoint's own generation config
-    # (top_k=20, a repetition penalty, ...). So that one is replaced for a moment, too.
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with autocast():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
-def micro_batches(batch, size):  # -> Rollouts of `size` responses
-    parts = []
-    for start in range(0, len(batch.ids), size):
-        rows = slice(start, start + size)
-        part = Rollout(
-            batch.ids[rows],
-            batch.attention[rows],
-            batch.responses[rows],
-            batch.mask[rows],
-            batch.truncated[rows],
-        )
-        parts.append(part)
-    return parts
-
-
-LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
-
-
-def chunks(pair, positions):  # -> slices of as many positions as go at once
-    size = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    return [slice(start, start + size) for start in range(0, positions, size)]
-
-
-def merge_ends(logits, end_ids, vocab_size):  # [n, output rows] -> [n, V]
-    """One column for all tokens that end a response, and only the shared vocabulary.
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up in the column
-    of the first. With the ends 2 and 5, column 2 holds log(exp z2 + exp z5), and column
-    5 has probability 0.
-    """
-    shared = logits[:, :vocab_size]  # a model may have more output rows than the other
-    if len(end_ids) < 2:
-        return shared
-
-    own_ends = []  # of this model, perhaps beyond the shared vocabulary
-    for end in end_ids:
-        if end < logits.shape[-1]:
-            own_ends.append(end)
-    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
-
-    merged = shared.clone()
-    for end in own_ends:
-        if end < vocab_size:
-            merged[:, end] = -1e30  # probability 0; an inf could make a nan
-    merged[:, end_ids[0]] = any_end
-    return merged
-
-
-def unshared_ids(pair):  # -> the student's output rows that are never to be sampled
-    """Qwen2.5 has 151,936 or 152,064 output rows for one tokenizer: some are no tokens.
-
-    An end may lie among them, and that one can be sampled: `merge_ends` counts it.
-    """
-    output_rows = len(pair.student.get_output_embeddings().weight)
-    beyond = set(range(pair.vocab_size, output_rows))
-    return sorted(beyond - set(pair.end_ids))
-
-
-# ======================================================================================
-# 5. What stands around the method: models, prompts, answers, files. Bad input raises
+# 4. What stands around the method: models, prompts, answers, files. Bad input raises
 #    ValueError, which the command line turns into one clear line.
 # ======================================================================================
 
@@ -1160,7 +1180,7 @@ def check_state(state, args, examples):
 
 
 # ======================================================================================
-# 6. The demo's world: sums on a clock, a teacher that adds well, a student that slips
+# 5. The demo's world: sums on a clock, a teacher that adds well, a student that slips
 # ======================================================================================
 
 PAIR = Path("runs/pair")
@@ -1332,7 +1352,7 @@ def check_demo():
 
 
 # ======================================================================================
-# 7. The command line
+# 6. The command line
 # ======================================================================================
 
 
@@ -1350,43 +1370,19 @@ def parse_args(argv=None, parser=None):
 
     group = parser.add_argument_group("the method")
     add = group.add_argument
-    add(
-        "--select",
-        choices=METHODS,
-        default="teachability",
-        help="which positions to keep",
-    )
-    add(
-        "--budget",
-        type=float,
-        default=0.1,
-        help="share of positions to keep, in (0, 1]",
-    )
+    add("--select", choices=METHODS, default="teachability", help="what is kept")
+    add("--budget", type=float, default=0.1, help="share that is kept, in (0, 1]")
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
-    add(
-        "--loss",
-        choices=LOSSES,
-        default="reverse_kl",
-        help="the loss at a kept position",
-    )
+    add("--loss", choices=LOSSES, default="reverse_kl", help="at a kept position")
     add("--temperature", type=float, default=1.0, help="of samples, scores and loss")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--steps", type=int, default=200, help="optimizer steps (demo: 100)")
     add("--batch-size", type=int, default=8, help="responses per step (demo: 12)")
-    add(
-        "--micro-batch-size",
-        type=int,
-        help="responses per forward pass (all at once)",
-    )
+    add("--micro-batch-size", type=int, help="responses per forward pass (all at once)")
     add("--max-new-tokens", type=int, default=512, help="of a response (demo: 64)")
-    add(
-        "--lr",
-        type=float,
-        default=1e-6,
-        help="after 10 steps of warm-up (demo: 3e-4)",
-    )
+    add("--lr", type=float, default=1e-6, help="after 10 warm-up steps (demo: 3e-4)")
     add("--eval-prompts", type=int, default=64, help="last ones, held out (demo: 192)")
     add("--seed", type=int, default=0, help="of prompt order and sampling")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

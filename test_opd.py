@@ -430,9 +430,20 @@ def recorded_rollouts(monkeypatch):
     return calls
 
 
+def chunks_of(pair, batch):  # in micro-batches of two
+    student_hidden = opd.read_batch(pair.student, batch, 2)
+    teacher_hidden = opd.read_batch(pair.teacher, batch, 2)
+    return list(opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden))
+
+
 def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
-    student, teacher, _ = zip(*opd.logits_in_chunks(pair, batch, 2))
+    student, teacher, _ = zip(*chunks_of(pair, batch))
     return torch.cat(student), torch.cat(teacher)
+
+
+def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
+    teacher_hidden = opd.read_batch(pair.teacher, batch, size)
+    return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
 # ======================================================================================
@@ -1002,7 +1013,7 @@ def update_of(pair, batch, keep, size, kind="reverse_kl"):
 
     pair.student.zero_grad()
     optimizer = SimpleNamespace(step=step, zero_grad=pair.student.zero_grad)
-    loss, norm = opd.update(pair, optimizer, batch, keep, kind, size)
+    loss, norm = step_of(pair, optimizer, batch, keep, kind, size)
     assert len(steps) == 1, f"update takes {len(steps)} optimizer steps, not one"
     return steps[0], loss, norm
 
@@ -1083,7 +1094,7 @@ def test_mathematics_update_leaves_no_gradient_behind_and_the_teacher_alone():
     batch, keep, _, _ = tiny_batch()
     first, _, _ = update_of(pair, batch, keep, 2)
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.0)
-    opd.update(pair, optimizer, batch, keep, "reverse_kl", 2)
+    step_of(pair, optimizer, batch, keep, "reverse_kl", 2)
     for weight in pair.student.parameters():
         if weight.grad is not None and weight.grad.abs().max() > 0:
             pytest.fail("update must call optimizer.zero_grad() last", pytrace=False)
@@ -1098,7 +1109,7 @@ def test_mathematics_update_takes_no_step_if_the_loss_is_not_finite():
     before = flat(pair.student.parameters()).clone()
     optimizer = torch.optim.SGD(pair.student.parameters(), lr=1.0)
     with pytest.raises(FloatingPointError):
-        opd.update(pair, optimizer, batch, keep, "reverse_kl", 3)
+        step_of(pair, optimizer, batch, keep, "reverse_kl", 3)
         pytest.fail("update of a nan loss: raise FloatingPointError", pytrace=False)
     after = flat(pair.student.parameters())
     assert torch.equal(before, after), "update must take no step if the loss is nan"
@@ -1273,7 +1284,7 @@ def test_chunked_projection_and_left_padding_give_the_models_own_logits(
     assert torch.allclose(student, torch.cat([p for p, _, _ in own]), atol=1e-4)
     assert torch.allclose(teacher, torch.cat([q for _, q, _ in own]), atol=1e-4)
     assert batch.responses[batch.mask].tolist() == sum([y for _, _, y in own], [])
-    _, _, tokens = zip(*opd.logits_in_chunks(pair, batch, 2))
+    _, _, tokens = zip(*chunks_of(pair, batch))
     assert torch.equal(torch.cat(tokens), batch.responses[batch.mask])
     assert max(len(chunk) for chunk in tokens) == 3
 
@@ -1296,7 +1307,7 @@ def test_scores_stand_at_their_positions_and_padding_has_zero(store):
     pair = load(store)
     batch = draw(pair, length=12)
     batch.mask[1, 2:] = False  # a response of two tokens
-    scores = opd.score(pair, batch, 3, 2)
+    scores, _ = opd.score(pair, batch, 3, 2)
     assert set(scores) == {"kl_all", "entropy", "divergence", "compatibility"}
     for row, (p, q, response) in enumerate(one_by_one(pair, PROMPTS, batch)):
         expected = {
@@ -1340,11 +1351,11 @@ def test_chunks_change_no_score_and_no_gradient(store, monkeypatch):
     pair = load(store)
     batch = draw(pair)
     keep = opd.select(torch.rand(batch.mask.shape), batch.mask, 0.4)
-    scores = opd.score(pair, batch, 3, 3)
+    scores, _ = opd.score(pair, batch, 3, 3)
     whole = gradient(pair, batch, keep, 3)
     for at_once in (1, V, 2 * V + 1):  # 1, 1 and 2 positions at a time
         monkeypatch.setattr(opd, "LOGITS_AT_ONCE", at_once)
-        again = opd.score(pair, batch, 3, 3)
+        again, _ = opd.score(pair, batch, 3, 3)
         for name in scores:
             assert torch.allclose(again[name], scores[name], atol=1e-6)
         assert torch.allclose(gradient(pair, batch, keep, 3), whole, atol=1e-6)
@@ -1510,7 +1521,15 @@ def test_the_frequencies_of_many_samples_are_the_scored_probabilities(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
     pair = opd.load_pair(path, path, temperature=0.25)
     batch = draw(pair, [[5]] * 20000, 1)
-    scored = logits_of(pair, opd.micro_batches(batch, 1)[0])[0][0].softmax(-1)
+    scored = logits_of(
+        pair,
+        batch._replace(
+            ids=batch.ids[:1],
+            attention=batch.attention[:1],
+            responses=batch.responses[:1],
+            mask=batch.mask[:1],
+        ),
+    )[0][0].softmax(-1)
     own, _ = own_logits(pair, [5], [6])
     assert torch.allclose(scored, torch.softmax(4 * own[0], -1), atol=1e-5)
     assert scored.max() > 0.1
@@ -1527,7 +1546,15 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     batch = draw(pair, [[5]] * 4000, 1)
     own, _ = own_logits(pair, [5], [6])
     expected = torch.softmax(4 * own[0], -1)
-    for scored in logits_of(pair, opd.micro_batches(batch, 1)[0]):
+    for scored in logits_of(
+        pair,
+        batch._replace(
+            ids=batch.ids[:1],
+            attention=batch.attention[:1],
+            responses=batch.responses[:1],
+            mask=batch.mask[:1],
+        ),
+    ):
         assert torch.allclose(scored[0].softmax(-1), expected, atol=1e-5)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
     assert (drawn - expected).abs().max() < 0.04
@@ -1741,7 +1768,7 @@ def test_an_end_beyond_the_shared_vocabulary_is_no_obstacle(tmp_path):
                 p = merged(row, [0, V + 3], V)
                 expected.append([p[-1], *p[:-1]])  # the end in the column of id 0
             check("p", found[:50].softmax(-1), expected)
-        assert opd.update(
+        assert step_of(
             pair,
             torch.optim.SGD(pair.student.parameters(), lr=0.1),
             batch,
@@ -1851,9 +1878,9 @@ def test_a_rule_of_your_own_ranks_the_positions_and_is_named_in_the_summary(
     kept = []
     real = opd.update
 
-    def update(pair, optimizer, batch, keep, kind, micro_batch_size):
+    def update(pair, optimizer, batch, teacher_hidden, keep, *more):
         kept.append((batch.mask, keep))
-        return real(pair, optimizer, batch, keep, kind, micro_batch_size)
+        return real(pair, optimizer, batch, teacher_hidden, keep, *more)
 
     def latest_first(scores, mask):
         assert scores["entropy"].shape == mask.shape
@@ -1972,7 +1999,7 @@ def test_evaluation_weighs_positions_alike_however_they_are_batched(store):
     sums = Counter()
     for part in (examples[:4], examples[4:]):
         batch = opd.rollout(pair, [e["prompt"] for e in part], args.max_new_tokens)
-        scores = opd.score(pair, batch, 4, 4)
+        scores, _ = opd.score(pair, batch, 4, 4)
         sums["kl"] += scores["kl_all"].sum().item()
         sums["valid"] += batch.mask.sum().item()
     found = opd.evaluate(pair, examples, args)
@@ -2598,7 +2625,7 @@ def test_a_pad_or_an_end_that_only_one_model_has_is_harmless(
     pair = opd.load_pair(paths["student"], paths["teacher"])
     batch = draw(pair)
     assert pair.vocab_size == V
-    scores = opd.score(pair, batch, 4, 2)
+    scores, _ = opd.score(pair, batch, 4, 2)
     for values in scores.values():
         assert values[batch.mask].isfinite().all()
     is_end = torch.isin(batch.responses, torch.tensor(pair.end_ids))
@@ -4503,7 +4530,7 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
     batch = opd.rollout(pair, [prompt], 256)
     assert batch.ids.tolist() == names["ids"].tolist()
     assert batch.mask.sum() > 30
-    scores = opd.score(pair, batch, 16, 1)
+    scores, _ = opd.score(pair, batch, 16, 1)
     for name in ("entropy", "divergence", "compatibility"):
         assert torch.allclose(scores[name][0], names[name], atol=1e-4)
     ranks = opd.rank("teachability", scores, batch.mask)
@@ -4615,7 +4642,7 @@ def as_rollout(batch):  # TRL's batch -> ours
 
 
 def selection_of_opd(pair, rollout):
-    scores = opd.score(pair, rollout, 16, 99)
+    scores, _ = opd.score(pair, rollout, 16, 99)
     return opd.select(opd.rank("teachability", scores, rollout.mask), rollout.mask, 0.1)
 
 

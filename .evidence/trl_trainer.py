@@ -109,11 +109,14 @@ class SelectiveDistillationTrainer(DistillationTrainer):
         tokens = tokens.masked_fill(is_end, pair.end_ids[0])  # one event, one id
 
         parts = []
-        for chunk in opd.chunks(pair, len(tokens)):
+        size = opd.chunk_size(pair)
+        for student, teacher, chosen in zip(
+            student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
+        ):
             part = opd.measure(
-                opd.next_token_logits(pair, pair.student, student_hidden[chunk]),
-                opd.next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
-                tokens[chunk],
+                opd.next_token_logits(pair, pair.student, student),
+                opd.next_token_logits(pair, pair.teacher, teacher),
+                chosen,
                 self.support,
             )
             parts.append(part)
