@@ -11,11 +11,12 @@ looking at the same tokens twice, before training and after it:
   5. report     the gain of a position is how much nearer to the teacher the student
                 came there. What known before training foretells it?
 
-`python diagnose.py` does all five for the demo of opd.py; `--after runs/opd-1/student`
-spares the training. The main tables are printed; a page for the browser has more.
+`python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` spares
+the training: OUT is a run of `opd.py --select full`. The main tables are printed, and a
+page for the browser has more.
 
-A gain is above 0 where the student came nearer. It is measured in three ways; two of
-the tables add a fourth:
+A gain is above 0 where the student came nearer. It is measured in three ways, and in a
+fourth by two of the tables:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
@@ -142,10 +143,14 @@ def measure(pair, batches, args):  # -> {name: [N]}
     """`measure_chunk` at all positions of the contexts."""
     found = defaultdict(list)
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        student_hidden = opd.read_batch(pair.student, batch, args.micro_batch_size)
-        teacher_hidden = opd.read_batch(pair.teacher, batch, args.micro_batch_size)
+        student_hidden = opd.all_hidden_states(
+            pair.student, batch, args.micro_batch_size
+        )
+        teacher_hidden = opd.all_hidden_states(
+            pair.teacher, batch, args.micro_batch_size
+        )
         chunks = opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits, _ in chunks:
+        for student_logits, teacher_logits in chunks:
             measured = measure_chunk(student_logits, teacher_logits, args.ks)
             for name, values in measured.items():
                 found[name].append(values.cpu().numpy())
@@ -199,50 +204,46 @@ def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
 # ======================================================================================
 
 
-def bootstrap(statistic, arrays, context, draws, seed):  # -> [1 + draws, ...]
-    """statistic(*arrays) for the sample itself, then for each bootstrap draw.
+def bootstrap(statistic, arrays, context, draws, seed):
+    """A statistic of arrays, and its 95 % interval: {"value", "low", "high"}.
 
     A draw takes as many contexts as there are, with replacement: one may be drawn
-    twice, and another not at all. `arrays` have a row for each of N positions;
-    `context` [N] says which one it belongs to. Whole contexts are drawn, since the
+    twice, and another not at all. The statistic is computed anew for each draw; the
+    middle 95 % of the results are the interval. Whole contexts are drawn, since the
     positions of one response resemble each other. Drawn one by one they would count as
     independent evidence, and the interval would be too narrow.
+
+    `arrays` have a row for each of the N positions, and context [N] says to which
+    context it belongs. statistic(*arrays) is a number or an array of them.
     """
     generator = np.random.default_rng(seed)
     positions_of = []
     for number in np.unique(context):
         positions_of.append(np.flatnonzero(context == number))
 
-    figures = [statistic(*arrays)]
+    results = []
     for _ in range(draws):
         drawn = generator.integers(len(positions_of), size=len(positions_of))
         index = np.concatenate([positions_of[number] for number in drawn])
-        figures.append(statistic(*[array[index] for array in arrays]))
-    return np.array(figures)
+        results.append(statistic(*[array[index] for array in arrays]))
 
-
-def estimate(figures):  # [1 + draws] -> {"value", "low", "high"}
-    """The sample's figure and its 95 % interval. ValueError if there is no figure."""
-    if not np.isfinite(figures[0]):
-        raise ValueError(
-            "there are too few positions for the report's groups; use more --contexts"
-        )
-    # nan: by chance, a draw may contain no position of a group.
-    low, high = np.nanquantile(figures[1:], [0.025, 0.975])
-    return {"value": float(figures[0]), "low": float(low), "high": float(high)}
+    # Without nan: by chance, a draw may contain no position of a group.
+    low, high = np.nanquantile(results, [0.025, 0.975], axis=0)
+    return {"value": statistic(*arrays), "low": low, "high": high}
 
 
 def group_means(values, member):  # [n, F], [n, groups] bool -> [groups, F]
     """Mean of each column of `values` over each group's members; nan if it has none."""
-    counts = member.sum(0)[:, None].astype(float)  # [groups, 1]
-    counts[counts == 0] = np.nan
-    return member.T.astype(float) @ values / counts
+    means = np.full((member.shape[1], values.shape[1]), np.nan)
+    for group in range(len(means)):
+        if member[:, group].any():
+            means[group] = values[member[:, group]].mean(0)
+    return means
 
 
-def slopes(X, Y):  # [n, 1 + regressors], [n, outcomes] -> [1 + regressors, outcomes]
-    """Least squares: the slopes for which X @ slopes comes nearest to Y."""
-    # The same as lstsq(X, Y), and faster for many rows. (Not solve: in a draw of few
-    # contexts a regressor may be constant.)
+def least_squares(X, Y):  # [n, regressors], [n, outcomes] -> [regressors, outcomes]
+    """The slopes for which X @ slopes comes nearest to Y."""
+    # The same as np.linalg.lstsq(X, Y), but ten times faster, as X.T @ X is small.
     return np.linalg.lstsq(X.T @ X, X.T @ Y, rcond=None)[0]
 
 
@@ -259,7 +260,7 @@ def zscore(values):  # [N] -> [N]
     return (values - values.mean()) / max(values.std(), 1e-12)
 
 
-def ranks(values):  # [N] -> [N]
+def mean_ranks(values):  # [N] -> [N]
     """1 for the lowest value; equal values share the mean of their ranks.
 
     10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
@@ -279,8 +280,8 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
     positions = np.flatnonzero(inside)
     ascending = positions[np.argsort(values[positions], kind="stable")]
     member = np.zeros((len(values), groups), dtype=bool)
-    for place, position in enumerate(ascending):
-        member[position, place * groups // len(ascending)] = True
+    for group, own in enumerate(np.array_split(ascending, groups)):
+        member[own, group] = True
     return member
 
 
@@ -288,13 +289,6 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 # 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
 #    cell is an estimate, a number or a text.
 # ======================================================================================
-
-# The question is about the two parts of D, learnable and incompatible. The others stand
-# beside, so that the two do not get the credit for what these explain: an unsure
-# student may learn more anywhere. All are the paper's. So is the baseline, which has D
-# unsplit, and its product with the entropy.
-REGRESSORS = ("entropy", "learnable", "incompatible", "position", "teacher_entropy")
-UNSPLIT = ("entropy", "D", "entropy * D", "position", "teacher_entropy")
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -304,7 +298,7 @@ def normalize(values):  # [N] -> [N] in [0, 1]
     return opd.robust_normalize(row, everywhere)[0].double().numpy()
 
 
-def make_features(before, k):  # {name: [N]} twice -> {name: [N]}
+def make_features(before, k):  # {name: [N]} -> {name: [N]}
     """What may explain the gain: measured quantities, rescaled to [0, 1], and more."""
     h = normalize(before["entropy"])
     d = normalize(before[f"divergence, K={k}"])
@@ -322,150 +316,26 @@ def make_features(before, k):  # {name: [N]} twice -> {name: [N]}
     }
 
 
-def design(features, names):  # -> X [N, 1 + names]
-    """A column of ones, then the named features, z-scored so that slopes compare.
-
-    ValueError for a feature that is the same everywhere: it has no slope.
-    """
-    columns = [np.ones(len(features["D"]))]
-    for name in names:
-        if np.ptp(features[name]) < 1e-12:
-            raise ValueError(
-                f"{name} is the same at all positions, so its share in the gain cannot "
-                "be found; use more contexts or longer responses"
-            )
-        columns.append(zscore(features[name]))
-    return np.column_stack(columns)
-
-
 def columns_of(gains):  # {measure: [N]} -> [N, measures]
     return np.column_stack(list(gains.values()))
 
 
-def rows_of(labels, gains, found):  # [1 + draws, labels, measures] -> rows
+def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
+    """A row for each label. ValueError if a value is missing."""
+    if np.isnan(found["value"]).any():
+        raise ValueError(
+            "there are too few positions for the report's groups; use more --contexts"
+        )
     rows = {}
     for i, label in enumerate(labels):
         rows[label] = {}
-        for j, name in enumerate(gains):
-            rows[label][name] = estimate(found[:, i, j])
-    return rows
-
-
-def explain(before, gains, k, args):  # -> rows
-    """Which part of the disagreement goes with the gain, learnable or incompatible?"""
-    gains = with_relative(gains, before)
-    features = make_features(before, k)
-    X = design(features, REGRESSORS)
-    X_unsplit = design(features, UNSPLIT)
-    Y = np.column_stack([zscore(gain) for gain in gains.values()])
-
-    found = bootstrap(slopes, [X, Y], before["context"], args.bootstrap, args.seed)
-    learnable = found[:, 1 + REGRESSORS.index("learnable")]  # [1 + draws, measures]
-    incompatible = found[:, 1 + REGRESSORS.index("incompatible")]
-    r2 = (X @ found[0]).var(0)  # explained variance: Y has variance 1
-    r2_unsplit = (X_unsplit @ slopes(X_unsplit, Y)).var(0)
-
-    rows = {}
-    for i, name in enumerate(gains):
-        rows[name] = {
-            "learnable": estimate(learnable[:, i]),
-            "incompatible": estimate(incompatible[:, i]),
-            "gap": estimate(learnable[:, i] - incompatible[:, i]),
-            "R2": float(r2[i]),
-            "R2, D unsplit": float(r2_unsplit[i]),
-        }
-    return rows
-
-
-def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D: the paper's quadrant Q3."""
-    sure = features["entropy"] <= np.median(features["entropy"])
-    in_disagreement = features["D"] >= np.median(features["D"])
-    return sure & in_disagreement
-
-
-def contrast(values, thirds):  # [n, F], [n, 3] bool -> [F]
-    """Mean of the last third, less that of the first."""
-    means = group_means(values, thirds)
-    return means[2] - means[0]
-
-
-def contrast_by_c(features, gains, before, args):  # -> [1 + draws, measures]
-    """Of the sure yet in disagreement: gain of the most less the least compatible."""
-    thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
-    return bootstrap(
-        contrast,
-        [columns_of(gains), thirds],
-        before["context"],
-        args.bootstrap,
-        args.seed,
-    )
-
-
-def compare_thirds(before, gains, k, args):  # -> rows
-    """Within Q3: does the gain rise with the compatibility?"""
-    features = make_features(before, k)
-    found = contrast_by_c(features, gains, before, args)
-    cells = {}
-    for i, name in enumerate(gains):
-        cells[name] = estimate(found[:, i])
-    return {"most - least compatible third": cells}
-
-
-def compare_quarters(before, gains, k, args):  # -> rows
-    """Within Q3: does the gain rise with either part of the disagreement?"""
-    features = make_features(before, k)
-    inside = sure_yet_in_disagreement(features)
-    rows = {}
-    for part in ("learnable", "incompatible"):
-        found = bootstrap(
-            group_means,
-            [columns_of(gains), equal_groups(features[part], 4, inside)],
-            before["context"],
-            args.bootstrap,
-            args.seed,
-        )
-        labels = [f"{part}, quarter {number}" for number in (1, 2, 3, 4)]
-        rows.update(rows_of(labels, gains, found))
-    return rows
-
-
-def leak(before, after, gains, k, args):  # -> rows
-    """Two of the figures above, with C of before training and, wrongly, of after it.
-
-    All else is of before both times: also D, and which positions are in Q3.
-    """
-    name_of_c = f"compatibility, K={k}"
-    leaky = {**before, name_of_c: after[name_of_c]}
-
-    outcomes = with_relative(gains, before)
-    gap = {}
-    q3 = {}
-    for when, scores in {"before": before, "after": leaky}.items():
-        gap[when] = explain(scores, gains, k, args)
-        features = make_features(scores, k)
-        q3[when] = contrast_by_c(features, outcomes, before, args)
-
-    rows = {}
-    for i, name in enumerate(outcomes):
-        for when in ("before", "after"):
-            rows[f"{name}, C {when}"] = {
-                "gap": gap[when][name]["gap"],
-                "Q3, most - least": estimate(q3[when][:, i]),
+        for j, column in enumerate(columns):
+            rows[label][column] = {
+                "value": float(found["value"][i, j]),
+                "low": float(found["low"][i, j]),
+                "high": float(found["high"][i, j]),
             }
     return rows
-
-
-def rank_correlations(before, gains, k, args):  # -> rows
-    """What orders the positions as their gains do? Ranks are those of the sample."""
-    features = make_features(before, k)
-    names = ("D", "learnable", "incompatible", "entropy", "tip")
-    X = np.column_stack([ranks(features[name]) for name in names])
-    Y = np.column_stack([ranks(gain) for gain in gains.values()])
-    found = bootstrap(
-        correlations, [X, Y], before["context"], args.bootstrap, args.seed
-    )
-    return rows_of(names, gains, found)
 
 
 def kept_by(method, before, k, budget, seed):  # -> [N] bool
@@ -499,7 +369,7 @@ def gain_of_kept(before, gains, k, budget, args):  # -> rows
         args.bootstrap,
         args.seed,
     )
-    return rows_of(opd.METHODS, gains, found)
+    return table_rows(found, opd.METHODS, gains)
 
 
 def kept_tokens(before, k, budget, seed, decode):  # -> rows
@@ -514,6 +384,140 @@ def kept_tokens(before, k, budget, seed, decode):  # -> rows
     return rows
 
 
+# The question is about the two parts of D, learnable and incompatible. The others stand
+# beside, so that the two do not get the credit for what these explain: an unsure
+# student may learn more anywhere. All are the paper's. So is the baseline, which has D
+# unsplit, and its product with the entropy.
+REGRESSORS = ("entropy", "learnable", "incompatible", "position", "teacher_entropy")
+UNSPLIT = ("entropy", "D", "entropy * D", "position", "teacher_entropy")
+
+
+def design(features, names):  # -> X [N, 1 + names]
+    """A column of ones, then the named features, z-scored so that slopes compare.
+
+    ValueError for a feature that is the same everywhere: it has no slope.
+    """
+    columns = [np.ones(len(features["D"]))]
+    for name in names:
+        if np.ptp(features[name]) < 1e-12:
+            raise ValueError(
+                f"{name} is the same at all positions, so its share in the gain cannot "
+                "be found; use more contexts or longer responses"
+            )
+        columns.append(zscore(features[name]))
+    return np.column_stack(columns)
+
+
+def slopes_and_gap(X, Y):  # X as `design` makes it for REGRESSORS -> [outcomes, 3]
+    """The slopes of the learnable and the incompatible part, and their difference."""
+    slopes = least_squares(X, Y)
+    learnable = slopes[1 + REGRESSORS.index("learnable")]  # after the column of ones
+    incompatible = slopes[1 + REGRESSORS.index("incompatible")]
+    return np.column_stack([learnable, incompatible, learnable - incompatible])
+
+
+def r2(X, Y):  # -> [outcomes]
+    """The share of each outcome's variance (1, as it is z-scored) that is explained."""
+    return (X @ least_squares(X, Y)).var(0)
+
+
+def explain(before, gains, k, args):  # -> rows
+    """Which part of the disagreement goes with the gain, learnable or incompatible?"""
+    gains = with_relative(gains, before)
+    features = make_features(before, k)
+    X = design(features, REGRESSORS)
+    Y = np.column_stack([zscore(gain) for gain in gains.values()])
+    found = bootstrap(
+        slopes_and_gap, [X, Y], before["context"], args.bootstrap, args.seed
+    )
+    rows = table_rows(found, gains, ("learnable", "incompatible", "gap"))
+
+    split = r2(X, Y)
+    unsplit = r2(design(features, UNSPLIT), Y)
+    for i, name in enumerate(gains):
+        rows[name]["R2"] = float(split[i])
+        rows[name]["R2 unsplit"] = float(unsplit[i])
+    return rows
+
+
+def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
+    """Low entropy and high D: the paper's quadrant Q3.
+
+    The paper calls it Q3, as both quantities are halved at their medians, which makes
+    four quadrants.
+    """
+    sure = features["entropy"] <= np.median(features["entropy"])
+    in_disagreement = features["D"] >= np.median(features["D"])
+    return sure & in_disagreement
+
+
+def thirds_and_contrast(gains, thirds):  # [n, F], [n, 3] bool -> [4, F]
+    """Mean gain of each third, and that of the last less that of the first."""
+    means = group_means(gains, thirds)
+    return np.vstack([means, means[2] - means[0]])
+
+
+def compare_thirds(before, gains, k, args):  # -> rows
+    """Of the sure yet in disagreement: does the gain rise with the compatibility?"""
+    features = make_features(before, k)
+    thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
+    found = bootstrap(
+        thirds_and_contrast,
+        [columns_of(gains), thirds],
+        before["context"],
+        args.bootstrap,
+        args.seed,
+    )
+    labels = ("least compatible", "middle", "most compatible", "most - least")
+    return table_rows(found, labels, gains)
+
+
+def compare_quarters(before, gains, k, part, args):  # -> rows
+    """Of the same: does it rise with one part of D, "learnable" or "incompatible"?"""
+    features = make_features(before, k)
+    quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
+    found = bootstrap(
+        group_means,
+        [columns_of(gains), quarters],
+        before["context"],
+        args.bootstrap,
+        args.seed,
+    )
+    return table_rows(found, ("lowest quarter", "second", "third", "highest"), gains)
+
+
+def leak(before, after, gains, k, args):  # -> rows
+    """Two of the figures above, with C of before training and, wrongly, of after it.
+
+    All else is of before both times: also D, and which positions are compared.
+    """
+    leaky = before.copy()
+    leaky[f"compatibility, K={k}"] = after[f"compatibility, K={k}"]
+
+    rows = {}
+    for c_is_of, scores in (("before", before), ("after", leaky)):
+        gap = explain(scores, gains, k, args)
+        thirds = compare_thirds(scores, with_relative(gains, before), k, args)
+        for name in gap:
+            rows[f"C {c_is_of}, {name}"] = {
+                "gap": gap[name]["gap"],
+                "most - least": thirds["most - least"][name],
+            }
+    return rows
+
+
+def rank_correlations(before, gains, k, args):  # -> rows
+    """What orders the positions as their gains do? Ranks are those of the sample."""
+    features = make_features(before, k)
+    names = ("D", "learnable", "incompatible", "entropy", "tip")
+    X = np.column_stack([mean_ranks(features[name]) for name in names])
+    Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
+    found = bootstrap(
+        correlations, [X, Y], before["context"], args.bootstrap, args.seed
+    )
+    return table_rows(found, names, gains)
+
+
 # ======================================================================================
 # 4. The report: the same tables for the terminal, the files and the page
 # ======================================================================================
@@ -522,7 +526,7 @@ def kept_tokens(before, k, budget, seed, decode):  # -> rows
 def all_tables(before, after, args, decode):  # -> a list of tables
     """Everything that the report says in numbers, and how to read it.
 
-    The first five are printed; the page has all.
+    Some are printed; the page has all.
     """
     gains = gains_of(before, after)
     tables = []
@@ -535,6 +539,12 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     other_ks = [other for other in args.ks if other != k]
 
     add(
+        f"Mean gain of the 10% that each method would keep, K={k}",
+        "Of all contexts together, equally many for each method; full keeps all.",
+        gain_of_kept(before, gains, k, 0.1, args),
+        printed=True,
+    )
+    add(
         f"What explains the gain? K={k}",
         "Slopes: by how many standard deviations the gain rises with one more of each "
         "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
@@ -545,9 +555,9 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     )
     add(
         f"Sure, yet in disagreement (the paper's Q3), K={k}",
-        "Of the positions whose entropy is below its median and whose D is above: the "
-        "mean gain of the third with the highest C, less that of the third with the "
-        "lowest. Above 0, more is gained where the teacher's advice is more compatible.",
+        "Mean gain of the positions whose entropy is below its median and whose D is "
+        "above, in three equal groups, from the lowest C to the highest. If the last "
+        "row is above 0, more is gained where the teacher's advice is more compatible.",
         compare_thirds(before, gains, k, args),
         printed=True,
     )
@@ -555,7 +565,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         f"If C were measured after training, K={k}",
         "C before: as in the other tables. C after is a leak: by then, what was "
         "learned stands in the trained student's top K, so C knows what it is asked to "
-        "foretell. Only C before can choose positions. Q3: as in the table above.",
+        "foretell. Only C before can choose positions. most - least: as in Q3 above.",
         leak(before, after, gains, k, args),
         printed=True,
     )
@@ -563,15 +573,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         f"Rank correlation with the gain, K={k}",
         "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
         rank_correlations(before, gains, k, args),
-        printed=True,
     )
-    add(
-        f"Mean gain of the 10% that each method would keep, K={k}",
-        "Of all contexts together, equally many for each method; full keeps all.",
-        gain_of_kept(before, gains, k, 0.1, args),
-        printed=True,
-    )
-
     for budget in (0.03, 0.05):
         add(
             f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
@@ -579,15 +581,16 @@ def all_tables(before, after, args, decode):  # -> a list of tables
             gain_of_kept(before, gains, k, budget, args),
         )
     add(
-        f"What each method would keep at {args.budget:.0%}, K={k}",
+        f"What each method would keep at 10%, K={k}",
         "Its most frequent tokens, and their share.",
-        kept_tokens(before, k, args.budget, args.seed, decode),
+        kept_tokens(before, k, 0.1, args.seed, decode),
     )
-    add(
-        f"Sure, yet in disagreement, by quarters of either part of D, K={k}",
-        "Mean gain, from the quarter with the least to the one with the most of it.",
-        compare_quarters(before, gains, k, args),
-    )
+    for part in ("learnable", "incompatible"):
+        add(
+            f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
+            "Mean gain, from the quarter with the least of it to that with the most.",
+            compare_quarters(before, gains, k, part, args),
+        )
     for other in other_ks:
         add(
             f"What explains the gain? K={other}",
@@ -693,9 +696,7 @@ def report(pair, prompts, before, after, summary, args, out):
         if table["printed"]:
             opd.show("\n" + as_text(table))
     opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
-    opd.show(
-        "The page has more: a map of the tokens, other K, other budgets, quarters."
-    )
+    opd.show("The page has more: a map of the tokens, rank correlations, other K.")
 
 
 # ======================================================================================
@@ -745,92 +746,45 @@ def parse_args(argv=None):
 MAP_CONTEXTS = 12  # so many responses stand in the token map
 
 STYLE = """
-/* Colours. Blue and orange differ for colour-blind readers, too. */
-:root {
-  --ink: #1a1a1a;
-  --paper: #ffffff;
-  --faint: #707070;
-  --line: #dddddd;
-  --learnable: 0, 114, 178;
-  --incompatible: 213, 94, 0;
-}
+:root { --ink: #1a1a1a; --paper: #fff; --faint: #707070; --line: #ddd; }
 @media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #eeeeee;
-    --paper: #161616;
-    --faint: #999999;
-    --line: #333333;
-  }
+  :root { --ink: #eee; --paper: #161616; --faint: #999; --line: #333; }
 }
-
-/* Text. The room at the end is for the box of the last token. */
 body {
-  max-width: 72rem;
-  margin: auto;
-  padding: 1rem 1rem 9rem;
-  font: 16px/1.5 system-ui, sans-serif;
-  color: var(--ink);
-  background: var(--paper);
+  max-width: 72rem; margin: auto; padding: 1rem 1rem 9rem;
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
 }
-p {
-  max-width: 60rem;
-}
-.faint {
-  color: var(--faint);
-}
+p { max-width: 60rem; }
+.faint { color: var(--faint); }
 
-/* Tables. A narrow screen scrolls the table, not the page. */
-table {
-  display: block;
-  overflow-x: auto;
-  border-collapse: collapse;
-  font-size: 0.9rem;
+/* A narrow screen scrolls the table, not the page. */
+table { display: block; overflow-x: auto; border-collapse: collapse; }
+th, td {
+  padding: 0.15rem 0.6rem; border-top: 1px solid var(--line);
+  font-weight: normal; text-align: left; white-space: nowrap;
 }
-th,
-td {
-  padding: 0.15rem 0.4rem;
-  border-top: 1px solid var(--line);
-  font-weight: normal;
-  text-align: left;
-  white-space: nowrap;
-}
-th {
-  color: var(--faint);
-}
+th { color: var(--faint); }
 
 /* The token map. Each token brings how strong its two colours are. */
 .map {
-  padding-top: 0.5rem;
-  border-top: 1px solid var(--line);
-  font: 15px/1.9 ui-monospace, monospace;
-  overflow-wrap: anywhere;
+  padding-top: 0.5rem; border-top: 1px solid var(--line);
+  font: 15px/1.9 ui-monospace, monospace; overflow-wrap: anywhere;
 }
 .token {
-  --blue: rgba(var(--learnable), var(--learnable-share));
-  --orange: rgba(var(--incompatible), var(--incompatible-share));
+  --blue: rgba(0, 114, 178, var(--learnable));
+  --orange: rgba(213, 94, 0, var(--incompatible));
   white-space: pre-wrap;
   background:
     linear-gradient(var(--blue), var(--blue)),
     linear-gradient(var(--orange), var(--orange));
 }
-.token:hover,
-.token:focus {
-  outline: 2px solid var(--ink);
-}
+.token:hover, .token:focus { outline: 2px solid var(--ink); }
 
 /* The box at the bottom: what pointing at a token shows. */
-.token:hover::after,
-.token:focus::after {
-  content: attr(data-tip);
-  position: fixed;
-  bottom: 0;
-  left: 0;
-  right: 0;
-  padding: 0.7rem 1rem;
-  color: var(--paper);
-  background: var(--ink);
-  font-size: 0.85rem;
-  line-height: 1.4;
+.token:hover::after, .token:focus::after {
+  content: attr(data-tip); white-space: pre-wrap;
+  position: fixed; bottom: 0; left: 0; right: 0; padding: 0.7rem 1rem;
+  color: var(--paper); background: var(--ink); font-size: 0.85rem; line-height: 1.4;
 }
 """
 
@@ -841,7 +795,7 @@ def visible(text):
 
 
 def token_span(text, learnable, incompatible, tip):  # text, [0, 1] twice, text -> HTML
-    style = f"--learnable-share:{learnable:.2f};--incompatible-share:{incompatible:.2f}"
+    style = f"--learnable:{learnable:.2f};--incompatible:{incompatible:.2f}"
     return (
         f'<span class="token" tabindex="0" style="{style}" '
         f'data-tip="{html.escape(tip)}">{visible(text)}</span>'

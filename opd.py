@@ -24,8 +24,8 @@ sampling is never filtered. Names and formulas are the paper's.
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
 
-The method is in parts 1 to 3, a third of the file. Parts 4 to 6 can wait: models and
-files, the demo's world, the command line.
+The method is in parts 1 to 3. Parts 4 to 6 can wait: precision, models and files, the
+demo's world, the command line.
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
 
@@ -46,14 +46,14 @@ from typing import NamedTuple
 
 import numpy
 import torch
-import torch.utils.checkpoint
 import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ======================================================================================
 # 1. The mathematics: pure functions of logits. Those in half precision are cast to
-#    float32 first. Copy the functions freely; they need math, numpy and torch.
+#    float32 first. Copy this part freely: it needs math, numpy and torch, no more.
 # ======================================================================================
 
 
@@ -108,21 +108,16 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
-    student_top = student_logits.topk(k).indices  # [..., K]
-    teacher_top = teacher_logits.topk(k).indices  # [..., K]
-    union = torch.cat([student_top, teacher_top], -1)  # [..., 2K]
 
-    # A token in both sets stands in `union` twice. Its second copy must not count. So
-    # each teacher token is compared with all of the student's: [..., K, K] -> [..., K].
-    in_both = (teacher_top[..., :, None] == student_top[..., None, :]).any(-1)
-    is_copy = torch.cat([torch.zeros_like(in_both), in_both], -1)  # [..., 2K]
+    # True at the top K tokens of either model.
+    in_union = torch.zeros_like(student_logits, dtype=torch.bool)  # [..., V]
+    in_union.scatter_(-1, student_logits.topk(k).indices, True)
+    in_union.scatter_(-1, teacher_logits.topk(k).indices, True)
 
-    # A softmax over the logits of U alone is p, or q, renormalised on U.
-    # The copies get -1e30, not -inf: below, q(v) = 0 times an infinity would be nan.
-    student_union = student_logits.gather(-1, union).float()
-    teacher_union = teacher_logits.gather(-1, union).float()
-    logp = student_union.masked_fill(is_copy, -1e30).log_softmax(-1)
-    logq = teacher_union.masked_fill(is_copy, -1e30).log_softmax(-1)
+    # Outside U a logit of -1e30 makes the probability 0, so that the softmax is over U
+    # alone. (Not -inf: below, 0 times an infinity would be nan.)
+    logp = student_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
+    logq = teacher_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
@@ -162,7 +157,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 
     `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
     that the method needs. "random" draws from `generator`, on the CPU. "full" orders
-    nothing: select all, with a budget of 1. ValueError for an unknown method.
+    nothing, and goes with a budget of 1. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -188,8 +183,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "incompatible":
         return incompatible
 
-    # A soft OR, h + d - h * d. In this form it is exactly 1 where h or d is 1, so that
-    # such positions tie, and rounding does not order them.
+    # A soft OR: h + d - h * d. Written like this, rounding makes no order among ties.
     h = robust_normalize(scores["entropy"], mask)
     if method == "tip":
         return 1 - (1 - h) * (1 - d)
@@ -246,11 +240,24 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 
 
 # ======================================================================================
-# 2. One training step: rollout, score, update (rank and select stand in part 1)
+# 2. One training step
 #
-#    Two sizes keep it small in memory. So many responses as are in a micro-batch run
-#    through a model's layers at once. And for so many positions as are in a chunk there
-#    are logits at once: they are by far the largest tensors, V numbers a position.
+#    If memory were no matter, and all prompts were equally long, it would be this:
+#
+#      ids = student.generate(prompts)
+#      student_logits = student(ids).logits        of the responses alone, [B, R, V]
+#      teacher_logits = teacher(ids).logits
+#      scores = measure(student_logits, teacher_logits, k)
+#      ranks = rank("teachability", scores, mask)
+#      keep = select(ranks, mask, budget)
+#      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
+#      loss.backward()
+#      optimizer.step()
+#
+#    But prompts are not equally long, two models often end a response differently, and
+#    logits are huge: V numbers for each position. So the models return hidden states.
+#    A micro-batch is as many responses as run through a model's layers at once; a chunk
+#    is as many positions as have logits at once.
 # ======================================================================================
 
 
@@ -273,36 +280,6 @@ class Rollout(NamedTuple):
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
-
-
-# ------------------------------------------------------------------------------ rollout
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def generate(model, ids, attention, settings):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with autocast():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
 
 
 def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
@@ -330,10 +307,10 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
     attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
 
-    # A model may have more output rows than its tokenizer has tokens: Qwen2.5 has
-    # 151,936 or 152,064. Rows that the teacher lacks are never sampled, but for ends.
-    output_rows = len(pair.student.get_output_embeddings().weight)
-    never = set(range(pair.vocab_size, output_rows)) - set(pair.end_ids)
+    # Models predict more ids than there are tokens: Qwen2.5's small ones 151,936, the
+    # large ones 152,064. What the teacher cannot predict is not sampled, but for ends.
+    student_size = len(pair.student.get_output_embeddings().weight)
+    never = set(range(pair.vocab_size, student_size)) - set(pair.end_ids)
 
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -346,17 +323,19 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         suppress_tokens=sorted(never) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
+    # model.generate() with these settings, and none of the checkpoint's own.
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, longest:]  # [B, R]
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
 
-    # Whichever token ended a response, it counts as one and the same: see `merge_ends`.
+    # Whichever token ends a response, it is counted as the first of `end_ids`.
     if pair.end_ids:
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :longest], responses], -1),
+        # Also 1 after an end: the models are causal, so nothing valid looks there.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
         mask=mask,
@@ -364,21 +343,17 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-# -------------------------------------------------------------------------------- score
-
-
 def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
     """The model's last hidden states, each at the place of the token it predicts.
 
     `rows` are the responses that run through the model; by default, all of the batch.
-    Logits are made of hidden states later, for a chunk of positions at a time.
     """
-    model.eval()  # for good: with dropout, scores and update would see another p
+    model.eval()  # and never train(): with dropout, scores and update would see other p
     attention = batch.attention[rows]
     # Positions count from 0 at a prompt's first token, not at the padding before it.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    with autocast():
-        output = model.base_model(
+    with autocast():  # in bf16 on a GPU
+        output = model.base_model(  # all of the model but its output head
             batch.ids[rows],
             attention_mask=attention,
             position_ids=positions,
@@ -393,7 +368,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
 
 
 @torch.no_grad()
-def read_batch(model, batch, micro_batch_size):  # -> [B, R, E]
+def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
     """`hidden_states` of all responses, without gradient, in micro-batches."""
     parts = []
     for start in range(0, len(batch.ids), micro_batch_size):
@@ -402,39 +377,30 @@ def read_batch(model, batch, micro_batch_size):  # -> [B, R, E]
     return torch.cat(parts)
 
 
-def merge_ends(logits, end_ids, vocab_size):  # [n, output rows] -> [n, V]
-    """One column for all tokens that end a response, and only the shared vocabulary.
+def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
+    """One column for all tokens that end a response: that of the first in `end_ids`.
 
     The end of a response is one event. Often the student ends with another token than
     its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up in the column
-    of the first. With the ends 2 and 5, column 2 holds log(exp z2 + exp z5), and column
-    5 has probability 0.
+    taught not to end. So the probabilities of all end tokens are added up. With the
+    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
     """
-    shared = logits[:, :vocab_size]  # a model may have more output rows than the other
     if len(end_ids) < 2:
-        return shared
-
-    own_ends = []  # of this model, perhaps beyond the shared vocabulary
-    for end in end_ids:
-        if end < logits.shape[-1]:
-            own_ends.append(end)
-    any_end = logits[:, own_ends].logsumexp(-1)  # [n]
-
-    merged = shared.clone()
-    for end in own_ends:
-        if end < vocab_size:
-            merged[:, end] = -1e30  # probability 0; an inf could make a nan
-    merged[:, end_ids[0]] = any_end
+        return logits
+    known_ends = [end for end in end_ids if end < logits.shape[-1]]  # to this model
+    merged = logits.clone()
+    merged[:, known_ends] = -1e30  # probability 0; an infinity could make a nan
+    merged[:, end_ids[0]] = logits[:, known_ends].logsumexp(-1)
     return merged
 
 
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q everywhere: float32, at the pair's temperature."""
     with autocast():
-        logits = model.get_output_embeddings()(hidden)  # [n, output rows]
+        logits = model.get_output_embeddings()(hidden)
     logits = logits.float() / pair.temperature
-    return merge_ends(logits, pair.end_ids, pair.vocab_size)
+    merged = merge_ends(logits, pair.end_ids)
+    return merged[:, : pair.vocab_size]  # what both models predict
 
 
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
@@ -446,26 +412,23 @@ def chunk_size(pair):  # -> how many positions have logits at once
 
 @torch.no_grad()
 def logits_in_chunks(pair, batch, student_hidden, teacher_hidden):
-    """Yield (student_logits [n, V], teacher_logits [n, V], tokens [n]), chunk by chunk.
+    """Yield the logits of both models, [n, V] each, chunk by chunk.
 
-    Together they are the N valid positions of the batch, row by row: the order in which
-    batch.mask selects. `tokens` are those that were sampled there.
+    Together they are of the N valid positions of the batch, in the order in which
+    batch.mask selects: row by row.
     """
-    size = chunk_size(pair)
-    student_chunks = student_hidden[batch.mask].split(size)
-    teacher_chunks = teacher_hidden[batch.mask].split(size)
-    token_chunks = batch.responses[batch.mask].split(size)
-    for student, teacher, tokens in zip(student_chunks, teacher_chunks, token_chunks):
-        student_logits = next_token_logits(pair, pair.student, student)
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher)
-        yield student_logits, teacher_logits, tokens
+    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
+    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
+    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
+        student_logits = next_token_logits(pair, pair.student, student_chunk)
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
+        yield student_logits, teacher_logits
 
 
-def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
-    """What is measured at n positions: [n, V] logits, [n] sampled tokens.
+def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
+    """What is measured at n positions. Add to it what your selection rule needs.
 
-    Whatever you add here, a selection rule can use, and the log shows its mean. (No
-    measure uses the tokens yet. Yours may: log q(y) - log p(y), for instance.)
+    The log shows the mean of each, over all valid positions.
     """
     return {
         # The loss of full on-policy distillation: the curve to watch in the log.
@@ -482,26 +445,21 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
 
     Returns the teacher's hidden states, too: `update` needs them again.
     """
-    student_hidden = read_batch(pair.student, batch, micro_batch_size)
-    teacher_hidden = read_batch(pair.teacher, batch, micro_batch_size)
+    student_hidden = all_hidden_states(pair.student, batch, micro_batch_size)
+    teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch_size)
 
     found = defaultdict(list)
     all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-    for student_logits, teacher_logits, tokens in all_chunks:
-        measured = measure(student_logits, teacher_logits, tokens, k)
+    for student_logits, teacher_logits in all_chunks:
+        measured = measure(student_logits, teacher_logits, k)
         for name, values in measured.items():
             found[name].append(values)
 
     scores = {}
-    for name, parts in found.items():
-        values = torch.cat(parts)  # [N]
-        grid = torch.zeros(batch.mask.shape, device=values.device)
-        grid[batch.mask] = values.float()
-        scores[name] = grid
+    for name, chunks in found.items():
+        scores[name] = torch.zeros(batch.mask.shape, device=batch.mask.device)
+        scores[name][batch.mask] = torch.cat(chunks).float()
     return scores, teacher_hidden
-
-
-# ------------------------------------------------------------------------------- update
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
@@ -512,39 +470,16 @@ def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
     return token_loss(kind, student_logits, teacher_logits, tokens).sum()
 
 
-def summed_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """The same sum, with never more than one chunk of logits in memory."""
-    size = chunk_size(pair)
-    total = 0.0
-    for student, teacher, chosen in zip(
-        student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
-    ):
-        # checkpoint() calls chunk_loss, forgets the logits, and makes them again when
-        # the gradient comes back. Nothing in it is random.
-        total = total + torch.utils.checkpoint.checkpoint(
-            chunk_loss,
-            pair,
-            kind,
-            student,
-            teacher,
-            chosen,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return total
-
-
 def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
-    If memory were no matter: loss = token_loss(...)[keep].mean(); loss.backward().
     The student runs once more, now with a gradient; `select` keeps at least one
     position of each response. Returns the mean loss, and the norm of its gradient
     before that is clipped to norm 1: two floats. If either is not finite, no step is
     taken: FloatingPointError.
     """
-    # The divisor counts the whole batch. With a mean for each micro-batch, a position
-    # would weigh more where few others were kept.
+    # The sum of each micro-batch is divided by the count of the whole batch. With a
+    # mean for each, a position would weigh more where few others were kept.
     number_kept = keep.sum()
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
@@ -554,9 +489,25 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
         tokens = batch.responses[rows][kept]  # [n]
 
-        # The gradient runs from the logits to the kept hidden states, and from them
-        # through the student's layers. In the weights' .grad, micro-batches add up.
-        total = summed_loss(pair, kind, student_kept, teacher_kept, tokens)
+        total = 0.0
+        for chunk in zip(
+            student_kept.split(chunk_size(pair)),
+            teacher_kept.split(chunk_size(pair)),
+            tokens.split(chunk_size(pair)),
+        ):
+            # checkpoint() calls chunk_loss(pair, kind, *chunk), forgets its logits, and
+            # makes them again when the gradient comes back: one chunk at a time.
+            total = total + checkpoint(
+                chunk_loss,
+                pair,
+                kind,
+                *chunk,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in it is random
+            )
+
+        # From the logits to the kept hidden states, and from them through the student's
+        # layers. In the weights' .grad, the micro-batches add up.
         loss = total / number_kept
         loss.backward()
         mean_loss += loss.item()
@@ -591,8 +542,6 @@ def train(pair, examples, args, out, resumed=None, rule=None):
     if resumed is not None:
         first_step = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
-    keeps_all = args.select == "full" and rule is None
-    budget = 1 if keeps_all else args.budget
 
     # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
@@ -613,16 +562,16 @@ def train(pair, examples, args, out, resumed=None, rule=None):
 
         # The five parts of a step.
         batch = rollout(pair, prompts, args.max_new_tokens)
-        rolled_out = time.time()
+        rollout_seconds = time.time() - started
 
         scores, teacher_hidden = score(pair, batch, args.top_k, args.micro_batch_size)
 
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
         else:
-            ranks = rule(scores, batch.mask)
+            ranks = check_ranks(rule(scores, batch.mask), batch.mask)
 
-        keep = select(ranks, batch.mask, budget)
+        keep = select(ranks, batch.mask, args.budget)
 
         try:
             loss, norm = update(
@@ -637,17 +586,13 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from None
 
-        # A line of the log, and perhaps a row in the terminal.
-        valid = batch.mask.sum().item()
+        # What is known of the step: a line of the log, perhaps a row in the terminal.
         line = {"step": step, "loss": loss}
-        for name, values in scores.items():
-            line[name] = values.sum().item() / valid  # they are 0 where not valid
-        line["mean_length"] = valid / len(prompts)
-        line["truncated"] = batch.truncated.float().mean().item()
+        line.update(means_of(scores, batch))
         line["seconds"] = time.time() - started
-        line["rollout_seconds"] = rolled_out - started
+        line["rollout_seconds"] = rollout_seconds
         line["kept"] = keep.sum().item()
-        line["valid"] = valid
+        line["valid"] = batch.mask.sum().item()
         line["gradient_norm"] = norm
         line["lr"] = optimizer.param_groups[0]["lr"]
 
@@ -663,6 +608,26 @@ def train(pair, examples, args, out, resumed=None, rule=None):
                 "settings": resume_settings(args, examples),
             }
             save(pair, out / f"step-{step + 1}", state)
+
+
+def check_ranks(ranks, mask):  # of a rule of your own: [B, R], [B, R] -> [B, R]
+    """ValueError unless there is a number for each valid position."""
+    if ranks.shape != mask.shape or ranks[mask].isnan().any():
+        raise ValueError(
+            f"a selection rule must return a number for each position, {mask.shape}; "
+            f"yours returned {ranks.shape}, with {ranks.isnan().sum()} nan"
+        )
+    return ranks
+
+
+def means_of(scores, batch):  # {name: [B, R]} -> {name: mean}
+    valid = batch.mask.sum().item()
+    means = {}
+    for name, values in scores.items():
+        means[name] = values.sum().item() / valid  # they are 0 where not valid
+    means["mean_length"] = valid / len(batch.mask)
+    means["truncated"] = batch.truncated.float().mean().item()
+    return means
 
 
 NOT_IN_TERMINAL = ("rollout_seconds", "kept", "valid", "gradient_norm", "lr")
@@ -712,10 +677,10 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        student_hidden = read_batch(pair.student, batch, args.micro_batch_size)
-        teacher_hidden = read_batch(pair.teacher, batch, args.micro_batch_size)
+        student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
+        teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
         all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits, _ in all_chunks:
+        for student_logits, teacher_logits in all_chunks:
             same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
             found = {
                 "reverse_kl": reverse_kl(student_logits, teacher_logits),
@@ -737,9 +702,38 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. What stands around the method: models, prompts, answers, files. Bad input raises
-#    ValueError, which the command line turns into one clear line.
+# 4. Here the method ends. What follows is to be looked up, not read: precision, models,
+#    prompts, answers, files. Bad input raises ValueError, which the command line turns
+#    into one clear line.
 # ======================================================================================
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
 
 
 def show(text):
@@ -1400,6 +1394,8 @@ def parse_args(argv=None, parser=None):
         args = parser.parse_args(argv)
     elif not all(given):
         fail("--student, --teacher and --prompts go together; with none, the demo runs")
+    if args.select == "full":
+        args.budget = 1.0
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     check_numbers(vars(args))

@@ -431,18 +431,18 @@ def recorded_rollouts(monkeypatch):
 
 
 def chunks_of(pair, batch):  # in micro-batches of two
-    student_hidden = opd.read_batch(pair.student, batch, 2)
-    teacher_hidden = opd.read_batch(pair.teacher, batch, 2)
+    student_hidden = opd.all_hidden_states(pair.student, batch, 2)
+    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, 2)
     return list(opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden))
 
 
 def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
-    student, teacher, _ = zip(*chunks_of(pair, batch))
+    student, teacher = zip(*chunks_of(pair, batch))
     return torch.cat(student), torch.cat(teacher)
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
-    teacher_hidden = opd.read_batch(pair.teacher, batch, size)
+    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
     return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
@@ -1284,9 +1284,7 @@ def test_chunked_projection_and_left_padding_give_the_models_own_logits(
     assert torch.allclose(student, torch.cat([p for p, _, _ in own]), atol=1e-4)
     assert torch.allclose(teacher, torch.cat([q for _, q, _ in own]), atol=1e-4)
     assert batch.responses[batch.mask].tolist() == sum([y for _, _, y in own], [])
-    _, _, tokens = zip(*chunks_of(pair, batch))
-    assert torch.equal(torch.cat(tokens), batch.responses[batch.mask])
-    assert max(len(chunk) for chunk in tokens) == 3
+    assert max(len(logits) for logits, _ in chunks_of(pair, batch)) == 3
 
 
 def test_a_hidden_state_stands_at_the_place_of_the_token_that_it_predicts(store):
@@ -1700,7 +1698,7 @@ def test_all_scores_and_losses_are_those_of_the_merged_distribution(tmp_path):
     found_p = opd.next_token_logits(pair, identity, student)
     found_q = opd.next_token_logits(pair, identity, teacher)
     y = torch.tensor([0, 5, 6, 7, 8, 9])  # the first is the end
-    scores = opd.measure(found_p, found_q, y, 3)
+    scores = opd.measure(found_p, found_q, 3)
     forward = opd.token_loss("forward_kl", found_p, found_q, None)
     sampled = opd.token_loss("sampled", found_p, found_q, y)
     for i in range(6):
@@ -1853,23 +1851,33 @@ def test_merging_the_ends_keeps_the_length_of_responses_in_training(
 
 def test_whatever_measure_returns_appears_in_the_log_under_its_name(run, monkeypatch):
     real = opd.measure
-    calls = recorded_rollouts(monkeypatch)
 
-    def measure(student_logits, teacher_logits, tokens, k):
-        scores = real(student_logits, teacher_logits, tokens, k)
+    def measure(student_logits, teacher_logits, k):
+        scores = real(student_logits, teacher_logits, k)
         scores["teacher_entropy"] = opd.entropy(teacher_logits)
-        scores["token"] = tokens
+        scores["student_entropy"] = opd.entropy(student_logits)
         return scores
 
     plain = run("plain")
     monkeypatch.setattr(opd, "measure", measure)
     more = run("more")
-    batches = [batch for _, batch in calls[-4:-1]]  # without those of the evaluations
-    for line, old, batch in zip(timeless(more), timeless(plain), batches):
-        tokens = batch.responses[batch.mask].float()
+    for line, old in zip(timeless(more), timeless(plain)):
+        assert line.pop("student_entropy") == line["entropy"]
         assert line.pop("teacher_entropy") > 0.1
-        assert line.pop("token") == pytest.approx(tokens.mean().item())
         assert line == old
+
+
+@pytest.mark.parametrize("wrong", ["nan", "shape"])
+def test_a_rule_that_gives_no_number_for_a_position_gets_one_line(run, capsys, wrong):
+    def rule(scores, mask):
+        if wrong == "nan":
+            return scores["entropy"] / 0 * 0
+        return scores["entropy"][:, 1:]
+
+    with one_line(capsys, "a selection rule must return a number for each position"):
+        with pytest.raises(ValueError) as error:
+            run("out", rule=rule)
+        opd.fail(str(error.value))
 
 
 def test_a_rule_of_your_own_ranks_the_positions_and_is_named_in_the_summary(
@@ -3336,56 +3344,98 @@ def clusters(n=12, each=5, seed=0):  # -> a generator, the context of each posit
     return np.random.default_rng(seed), np.repeat(np.arange(n), each)
 
 
-def drawn(weights_row, context):
-    """The positions of one bootstrap draw, spelled out."""
-    times = weights_row[context].astype(int)
-    return np.repeat(np.arange(len(context)), times)
+def drawn(context, draws, seed):  # -> [positions of a draw]
+    """The bootstrap's draws, spelled out."""
+    generator = np.random.default_rng(seed)
+    contexts = context.max() + 1
+    found = []
+    for _ in range(draws):
+        at = []
+        for number in generator.integers(contexts, size=contexts):
+            at += np.flatnonzero(context == number).tolist()
+        found.append(at)
+    return found
 
 
 def z(values):
     return (values - values.mean()) / values.std()
 
 
-def test_least_squares_agrees_with_lstsq_on_every_resampled_data_set():
-    generator, context = clusters()
-    features = {}
-    for name in ("x", "unused", "y"):
-        features[name] = generator.normal(2, 3, size=len(context))
-    outcome = generator.normal(size=len(context)) + features["y"]
-    weights = diagnose.cluster_weights(12, 20, seed=1)
+def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
+    # Contexts of 1 to 5 positions, whose positions do not stand together.
+    generator = np.random.default_rng(0)
+    context = generator.permutation(np.repeat(np.arange(5), [1, 2, 3, 4, 5]))
+    position = np.arange(15)
+    pairs = np.column_stack([10 * position, context])
+    received = []  # how often each position stands in a draw
 
-    slopes, r2 = diagnose.least_squares(features, ["y", "x"], outcome, context, weights)
+    def statistic(positions_drawn, pairs_drawn):
+        assert (pairs_drawn == pairs[positions_drawn]).all()  # by the same index
+        received.append(Counter(positions_drawn.tolist()))
+        return len(positions_drawn)
 
-    assert list(slopes) == ["y", "x"]
-    assert len(slopes["y"]) == 21
-    for i, row in enumerate(weights):
-        at = drawn(row, context)
-        X = np.column_stack([np.ones(len(context)), z(features["y"]), z(features["x"])])
-        solution, residual, *_ = np.linalg.lstsq(X[at], z(outcome)[at], rcond=None)
-        assert slopes["y"][i] == pytest.approx(solution[1])
-        assert slopes["x"][i] == pytest.approx(solution[2])
-        if i == 0:
-            assert r2 == pytest.approx(1 - residual[0] / len(context))
+    found = diagnose.bootstrap(statistic, [position, pairs], context, 300, seed=1)
+    assert found["value"] == 15
+    sizes = [sum(times.values()) for times in received]
+    received.remove(Counter(range(15)))  # the sample itself
+    assert len(received) == 300
+    for name, share in (("low", 0.025), ("high", 0.975)):
+        assert found[name] == pytest.approx(quantile(sizes, share), abs=0.5)
+
+    frequencies = []
+    for times in received:
+        drawn_contexts = 0
+        for number in range(5):
+            members = np.flatnonzero(context == number)
+            frequency = times[members[0]]
+            assert all(times[i] == frequency for i in members)
+            drawn_contexts += frequency
+            frequencies.append(frequency)
+        assert drawn_contexts == 5
+
+    # Each draw lacks a third of the contexts: (4 / 5) ** 5. Some it has several times.
+    assert frequencies.count(0) / len(frequencies) == pytest.approx(0.33, abs=0.05)
+    assert max(frequencies) >= 4
 
 
-def test_a_draw_in_which_a_regressor_is_constant_still_has_the_other_slopes():
-    # A third of the draws lack context 0, the only one in which y is not constant.
-    generator, context = clusters(8, 6)
-    x = generator.normal(size=len(context))
-    y = generator.normal(size=len(context)) * (context == 0)
-    weights = diagnose.cluster_weights(8, 200, seed=1)
-    assert 40 < (weights[:, 0] == 0).sum() < 100
-    slopes, _ = diagnose.least_squares(
-        {"x": x, "y": y}, ["x", "y"], 5 * x + 1, context, weights
-    )
-    assert slopes["x"] == pytest.approx(np.ones(201))
-    assert np.abs(slopes["y"]).max() < 1e-6
+def test_the_bootstrap_resamples_contexts_not_positions():
+    # 20 contexts of 50 equal values: 20 independent ones, though 1000 positions.
+    generator, context = clusters(20, 50)
+    values = generator.normal(size=20)[context]
+    found = diagnose.bootstrap(np.mean, [values], context, 2000, seed=1)
+    assert found["value"] == values.mean()
+    assert diagnose.bootstrap(np.mean, [values], context, 2000, seed=1) == found
+    assert diagnose.bootstrap(np.mean, [values], context, 2000, seed=2) != found
+
+    # Of a normal distribution, 95 % lie within 1.96 standard deviations.
+    by_context = (found["high"] - found["low"]) / 2
+    assert by_context == pytest.approx(1.96 * values.std() / math.sqrt(20), rel=0.15)
+    by_position = []
+    for _ in range(2000):
+        by_position.append(generator.choice(values, 1000).mean())
+    assert by_context > 5 * 1.96 * np.std(by_position)
+
+
+def test_least_squares_agrees_with_lstsq():
+    X, Y = np.random.default_rng(0).normal(2, 3, size=(2, 60, 3))
+    X[:, 0] = 1
+    Y = Y[:, :2] + X[:, 1:]
+    found = diagnose.least_squares(X, Y)
+    assert found == pytest.approx(np.linalg.lstsq(X, Y, rcond=None)[0])
+
+
+def test_least_squares_bears_a_regressor_that_is_constant_in_a_draw():
+    x = np.random.default_rng(0).normal(size=48)
+    X = np.column_stack([np.ones(48), x, np.full(48, -0.4)])
+    found = diagnose.least_squares(X, np.column_stack([5 * x, 2 * x]))
+    assert found[1] == pytest.approx([5, 2])
+    assert np.abs(found[[0, 2]]).max() < 1e-6
 
 
 def mean_ranks_by_loops(values):
     ascending = sorted(values)
     places = {}
-    for place, value in enumerate(ascending):
+    for place, value in enumerate(ascending, start=1):
         places.setdefault(value, []).append(place)
     return [np.mean(places[value]) for value in values]
 
@@ -3395,92 +3445,93 @@ def rank_correlation_by_loops(x, y):
     return np.corrcoef(*ranks)[0, 1]
 
 
-def test_rank_correlation_agrees_with_loops_on_every_resampled_data_set():
-    generator, context = clusters()
-    x, y = generator.integers(0, 6, size=(2, len(context)))  # many ties
-    weights = diagnose.cluster_weights(12, 10, seed=1)
-    found = diagnose.spearman(x, y, context, weights)
-    assert len(found) == 11
-    for row, correlation in zip(weights, found):
-        at = drawn(row, context)
-        expected = rank_correlation_by_loops(x[at].tolist(), y[at].tolist())
-        assert correlation == pytest.approx(expected)
+def test_equal_values_share_the_mean_of_their_ranks():
+    assert diagnose.mean_ranks(np.array([20, 10, 20])).tolist() == [2.5, 1, 2.5]
+    values = np.random.default_rng(0).integers(0, 6, size=50)  # many ties
+    assert diagnose.mean_ranks(values).tolist() == mean_ranks_by_loops(values.tolist())
 
 
-def test_rank_correlation_with_a_constant_is_zero():
-    _, context = clusters(5, 1)
-    weights = np.ones((1, 5))
-    found = diagnose.spearman(np.ones(5), np.arange(5), context, weights)
-    assert found.tolist() == [0]
+def test_correlations_are_those_of_each_pair_of_columns():
+    X, Y = np.random.default_rng(0).normal(2, 3, size=(2, 40, 3))
+    X[:, 1] -= Y[:, 2]
+    found = diagnose.correlations(X, Y[:, :2])
+    assert found.shape == (3, 2)
+    for i in range(3):
+        for j in range(2):
+            expected = np.corrcoef(X[:, i], Y[:, j])[0, 1]
+            assert found[i, j] == pytest.approx(expected)
+
+
+def test_the_correlation_with_a_constant_is_zero():
+    X = np.column_stack([np.ones(5), np.arange(5)])
+    assert diagnose.correlations(X, X) == pytest.approx(np.diag([0, 1]))
 
 
 def test_group_means_are_those_worked_out_by_hand():
-    values = np.array([1.0, 2.0, 3.0, 10.0])
-    member = np.array([True, True, True, False])
-    context = np.array([0, 0, 1, 1])
-    weights = np.array([[1, 1], [2, 0], [0, 2]])
-    found = diagnose.group_mean(values, member, context, weights)
-    assert found.tolist() == [2, 1.5, 3]
+    values = np.array([[1.0, 5.0], [2.0, 6.0], [3.0, 10.0], [10.0, 0.0]])
+    member = np.array([[True, True, False], [True, False, False]] * 2)
+    found = diagnose.group_means(values, member)
+    assert found[:2].tolist() == [[4, 5.25], [2, 7.5]]
+    assert np.isnan(found[2]).all()  # a group without members
 
 
 def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
-    values = np.array([1.0, 2.0, 7.0])
-    member = np.array([True, True, False])
-    weights = np.array([[1, 1], [0, 2], [1, 1]])
-    found = diagnose.group_mean(values, member, np.array([0, 0, 1]), weights)
-    assert found[0] == found[2] == 1.5
-    assert np.isnan(found[1])
-    expected = {"value": 1.5, "low": 1.5, "high": 1.5}
-    assert diagnose.estimate(found) == expected
+    values = np.array([[1.0], [2.0], [7.0]])
+    member = np.array([[True], [True], [False]])
+    context = np.array([0, 0, 1])
+    arrays = [values, member]
+    assert any(0 not in at for at in drawn(context, 50, seed=0))
+    found = diagnose.bootstrap(diagnose.group_means, arrays, context, 50, seed=0)
+    assert found == {"value": 1.5, "low": 1.5, "high": 1.5}
 
 
-def test_quantile_groups_are_those_worked_out_by_hand():
+def test_equal_groups_are_those_worked_out_by_hand():
+    def members(values, groups, inside):
+        member = diagnose.equal_groups(values, groups, inside)
+        assert member.shape == (len(values), groups)
+        return [np.flatnonzero(column).tolist() for column in member.T]
+
     values = np.array([5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
     everywhere = np.ones(6, dtype=bool)
-    found = diagnose.quantile_group(values, 3, everywhere)
-    assert found.tolist() == [1, 0, 2, 1, 2, 0]
-
+    assert members(values, 3, everywhere) == [[1, 5], [0, 3], [2, 4]]
     # Inside are 5, 9, 3, 7 and 2; of five in two groups, the first gets three.
-    inside = values > 1
-    found = diagnose.quantile_group(values, 2, inside)
-    assert found.tolist() == [0, -1, 1, 0, 1, 0]
-
-    nowhere = np.zeros(6, dtype=bool)
-    assert diagnose.quantile_group(values, 3, nowhere).tolist() == [-1] * 6
+    assert members(values, 2, values > 1) == [[0, 3, 5], [2, 4]]
+    assert members(values, 3, values > 7) == [[2], [], []]
+    assert members(values, 3, values > 9) == [[], [], []]
 
 
 def test_intervals_are_percentiles_of_the_draws_alone():
-    draws = np.concatenate([[1000.0], np.arange(101.0)])
-    expected = {"value": 1000, "low": 2.5, "high": 97.5}
-    assert diagnose.estimate(draws) == expected
+    figures = iter(range(201))
+
+    def statistic(values):
+        return 1000 if len(values) == 3 else next(figures)
+
+    # Context 0 has two positions, context 1 one: a draw of both is passed over.
+    context = np.array([0, 0, 1])
+    draws = drawn(context, 201, seed=0)
+    others = sum(len(at) != 3 for at in draws)
+    found = diagnose.bootstrap(statistic, [np.zeros(3)], context, 201, seed=0)
+    results = [1000] * (201 - others) + list(range(others))
+    assert found["value"] == 1000
+    assert found["low"] == pytest.approx(quantile(results, 0.025))
+    assert found["high"] == pytest.approx(quantile(results, 0.975))
 
 
-def test_a_figure_without_a_value_is_refused():
+def test_a_row_has_a_cell_for_each_column_and_none_without_a_value():
+    found = {
+        "value": np.array([[1.0, 2.0]]),
+        "low": np.array([[0.5, 1.5]]),
+        "high": np.array([[3.0, 4.0]]),
+    }
+    assert diagnose.table_rows(found, ["row"], ["a", "b"]) == {
+        "row": {
+            "a": {"value": 1.0, "low": 0.5, "high": 3.0},
+            "b": {"value": 2.0, "low": 1.5, "high": 4.0},
+        }
+    }
+    found["value"][0, 1] = np.nan
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.estimate(np.array([np.nan, 1.0, 2.0]))
-
-
-def test_the_bootstrap_resamples_contexts_not_positions():
-    # 20 contexts of 50 equal values: 20 independent ones, though 1000 positions.
-    generator, context = clusters(20, 50)
-    values = generator.normal(size=20)[context]
-    weights = diagnose.cluster_weights(20, 2000, seed=1)
-    assert weights.shape == (2001, 20)
-    assert (weights.sum(1) == 20).all()
-    assert (weights[0] == 1).all()
-    again = diagnose.cluster_weights(20, 2000, seed=1)
-    other = diagnose.cluster_weights(20, 2000, seed=2)
-    assert (again == weights).all()
-    assert (other != weights).any()
-
-    everywhere = np.ones(1000, dtype=bool)
-    means = diagnose.group_mean(values, everywhere, context, weights)
-    by_context = means[1:].std()
-    by_position = []
-    for _ in range(2000):
-        by_position.append(generator.choice(values, 1000).mean())
-    assert by_context == pytest.approx(values.std() / math.sqrt(20), rel=0.1)
-    assert by_context > 5 * np.std(by_position)
+        diagnose.table_rows(found, ["row"], ["a", "b"])
 
 
 # ======================================================================================
@@ -3488,52 +3539,73 @@ def test_the_bootstrap_resamples_contexts_not_positions():
 # ======================================================================================
 
 
-def made_up(effect, c_name="C16", contexts=60, each=30):
-    """Positions out of thin air, whose gains D * C explains by `effect`.
+def made_up(effect, c_of="before", contexts=60, each=30):
+    """Positions out of thin air, whose gains D * C explains by `effect` at K = 16.
 
-    C is that of before training, or with "C16_after" that of after it.
+    C is that of before training, or with c_of="after" that of after it.
     """
     generator, context = clusters(contexts, each)
     n = len(context)
-    scores = {}
-    later = {}
-    for k in (8, 16, 32):
-        scores[f"D{k}"] = generator.uniform(size=n)
-        scores[f"C{k}"] = generator.uniform(size=n)
-        later[f"C{k}_after"] = generator.uniform(size=n)
-    for name in ("H", "H_teacher", "position", *MEASURES):
-        scores[name] = generator.uniform(size=n)
-    scores["context"] = context
-    scores["id"] = generator.integers(0, 9, size=n)
+    before = {}
+    after = {}
+    for scores in (before, after):
+        for k in (8, 16, 32):
+            scores[f"divergence, K={k}"] = generator.uniform(size=n)
+            scores[f"compatibility, K={k}"] = generator.uniform(size=n)
+        for name in ("entropy", "teacher_entropy", *MEASURES):
+            scores[name] = generator.uniform(size=n)
+    before["position"] = generator.uniform(size=n)
+    before["context"] = context
+    before["token"] = generator.integers(0, 9, size=n)
 
-    learnable = scores["D16"] * {**scores, **later}[c_name]
-    G = {}
+    c = {"before": before, "after": after}[c_of]["compatibility, K=16"]
+    learnable = before["divergence, K=16"] * c
+    gains = {}
     for name in MEASURES:
         of_context = 0.3 * generator.normal(size=contexts)
         of_position = 0.2 * generator.normal(size=n)
-        G[name] = effect * learnable + of_context[context] + of_position
+        gains[name] = effect * learnable + of_context[context] + of_position
+    after["forward_kl"] = before["forward_kl"] - gains["forward_kl"]
+    after["reverse_kl"] = before["reverse_kl"] - gains["reverse_kl"]
+    after["overlap"] = before["overlap"] + gains["overlap"]
+
     args = SimpleNamespace(
         contexts=contexts,
         bootstrap=100,
         seed=1,
         top_k=16,
-        ks=(8, 16, 32),
+        ks=[8, 16, 32],
         budget=0.1,
     )
-    return scores, G, later, args
+    return before, after, gains, args
 
 
 def decode_number(token):
     return f"t{token}"
 
 
-def tabulated(scores, G, later, args):  # -> the rows of each of the six tables
-    tables = diagnose.all_tables(scores, G, later, args, decode_number)
-    return [table["rows"] for table in tables]
+EXPLAINED = "What explains the gain?"
+LEAKED = "If C were measured after training,"
+RANKED = "Rank correlation with the gain, K=16"
+QUARTERS = "Sure, yet in disagreement, by quarters of its {} part, K=16"
+THIRDS = {
+    8: "Sure, yet in disagreement, K=8",
+    16: "Sure, yet in disagreement (the paper's Q3), K=16",
+    32: "Sure, yet in disagreement, K=32",
+}
+
+
+def kept_at(share):  # -> title
+    return f"Mean gain of the {share} that each method would keep, K=16"
+
+
+def tabulated(before, after, _, args):  # -> {title: rows}
+    tables = diagnose.all_tables(before, after, args, decode_number)
+    return {table["title"]: table["rows"] for table in tables}
 
 
 def values(cells):
-    return [cell["value"] for cell in cells if isinstance(cell, dict)]
+    return [cell["value"] for cell in cells.values() if isinstance(cell, dict)]
 
 
 def slopes_by_lstsq(columns, outcome):  # -> slopes, R2
@@ -3550,23 +3622,32 @@ def sure_yet_in_disagreement(h, d):  # -> positions of Q3
     return inside
 
 
+def groups_by_loops(inside, feature, groups):  # -> [positions], from low to high
+    ascending = sorted(inside, key=lambda i: feature[i])
+    found = []
+    start = 0
+    for group in range(groups):
+        size = len(inside) // groups + (group < len(inside) % groups)
+        found.append(ascending[start : start + size])
+        start += size
+    return found
+
+
 def contrast_by_loops(inside, c, gain):
-    ascending = sorted(inside, key=lambda i: c[i])
-    bottom = ascending[: math.ceil(len(inside) / 3)]
-    top_third = ascending[math.ceil(len(inside) * 2 / 3) :]
-    return np.mean(gain[top_third]) - np.mean(gain[bottom])
+    lowest, _, highest = groups_by_loops(inside, c, 3)
+    return np.mean(gain[highest]) - np.mean(gain[lowest])
 
 
 class Recomputed:
     """The features of the made-up positions, with plain Python."""
 
-    def __init__(self, scores, later, k):
-        self.h = self.tilde(scores["H"])
-        self.teacher = self.tilde(scores["H_teacher"])
-        self.d = self.tilde(scores[f"D{k}"])
-        self.c = self.tilde(scores[f"C{k}"])
-        self.c_after = self.tilde(later[f"C{k}_after"])
-        self.position = scores["position"]
+    def __init__(self, before, after, k):
+        self.h = self.tilde(before["entropy"])
+        self.teacher = self.tilde(before["teacher_entropy"])
+        self.d = self.tilde(before[f"divergence, K={k}"])
+        self.c = self.tilde(before[f"compatibility, K={k}"])
+        self.c_after = self.tilde(after[f"compatibility, K={k}"])
+        self.position = before["position"]
         self.q3 = sure_yet_in_disagreement(self.h, self.d)
 
     def tilde(self, values):
@@ -3579,14 +3660,14 @@ class Recomputed:
         return [self.h, self.d, self.h * self.d, self.position, self.teacher]
 
 
-def four_outcomes(scores, G):
+def four_outcomes(before, gains):
     ratio = []
-    for gain, before in zip(G["forward_kl"], scores["forward_kl"]):
-        ratio.append(gain / (before + 1e-12))
+    for gain, distance in zip(gains["forward_kl"], before["forward_kl"]):
+        ratio.append(gain / (distance + 1e-12))
     low = quantile(ratio, 0.01)
     high = quantile(ratio, 0.99)
     relative = [min(max(share, low), high) for share in ratio]
-    return {**G, "relative": np.array(relative)}
+    return {**gains, "relative": np.array(relative)}
 
 
 @pytest.fixture(scope="module")
@@ -3600,86 +3681,94 @@ def planted_tables(planted):
 
 
 def test_the_decomposition_is_that_of_a_plain_recomputation(planted, planted_tables):
-    scores, G, later, _ = planted
-    explained = planted_tables[0]
-    assert len(explained) == 12
+    before, after, gains, _ = planted
     for k in (8, 16, 32):
-        plain = Recomputed(scores, later, k)
-        for name, outcome in four_outcomes(scores, G).items():
+        explained = planted_tables[f"{EXPLAINED} K={k}"]
+        assert list(explained) == [*MEASURES, "relative"]
+        plain = Recomputed(before, after, k)
+        for name, outcome in four_outcomes(before, gains).items():
             slopes, r2 = slopes_by_lstsq(plain.split(plain.c), outcome)
             _, unsplit_r2 = slopes_by_lstsq(plain.unsplit(), outcome)
-            cells = explained[f"{name}, K={k}"]
+            cells = explained[name]
+            assert list(cells)[:4] == ["learnable", "incompatible", "gap", "R2"]
             expected = [slopes[1], slopes[2], slopes[1] - slopes[2]]
             assert values(cells) == pytest.approx(expected, abs=1e-5)
-            assert cells[3:] == pytest.approx([r2, unsplit_r2], abs=1e-5)
+            shares = list(cells.values())[3:]
+            assert shares == pytest.approx([r2, unsplit_r2], abs=1e-5)
 
 
 def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_tables):
-    scores, G, later, _ = planted
-    leaked = planted_tables[1]
-    assert len(leaked) == 24
+    before, after, gains, _ = planted
     for k in (8, 16, 32):
-        plain = Recomputed(scores, later, k)
-        for name, outcome in four_outcomes(scores, G).items():
+        leaked = planted_tables[f"{LEAKED} K={k}"]
+        assert len(leaked) == 8
+        plain = Recomputed(before, after, k)
+        for name, outcome in four_outcomes(before, gains).items():
             for when, c in (("before", plain.c), ("after", plain.c_after)):
                 slopes, _ = slopes_by_lstsq(plain.split(c), outcome)
                 gap = slopes[1] - slopes[2]
                 contrast = contrast_by_loops(plain.q3, c, outcome)
-                found = values(leaked[f"{name}, C {when}, K={k}"])
-                assert found == pytest.approx([gap, contrast], abs=1e-5)
+                cells = leaked[f"C {when}, {name}"]
+                assert list(cells) == ["gap", "most - least"]
+                assert values(cells) == pytest.approx([gap, contrast], abs=1e-5)
 
 
 def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_tables):
-    scores, G, later, _ = planted
-    q3 = planted_tables[2]
-    assert len(q3) == 3 + 8
-    for k in (8, 16, 32):
-        plain = Recomputed(scores, later, k)
+    before, after, gains, _ = planted
+    for k, title in THIRDS.items():
+        plain = Recomputed(before, after, k)
+        thirds = groups_by_loops(plain.q3, plain.c, 3)
+        labels = ["least compatible", "middle", "most compatible"]
+        found = planted_tables[title]
+        assert list(found) == [*labels, "most - least"]
+        for label, members in zip(labels, thirds):
+            expected = [np.mean(gain[members]) for gain in gains.values()]
+            assert values(found[label]) == pytest.approx(expected, abs=1e-6)
         expected = []
-        for gain in G.values():
+        for gain in gains.values():
             expected.append(contrast_by_loops(plain.q3, plain.c, gain))
-        found = values(q3[f"top - bottom third of C, K={k}"])
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert list(found["most - least"]) == list(MEASURES)
+        assert values(found["most - least"]) == pytest.approx(expected, abs=1e-6)
 
-    plain = Recomputed(scores, later, 16)
-    parts = {"D_learn": plain.d * plain.c, "D_incompat": plain.d * (1 - plain.c)}
-    for label, feature in parts.items():
-        ascending = sorted(plain.q3, key=lambda i: feature[i])
-        quarters = [[], [], [], []]
-        for place, i in enumerate(ascending):
-            quarters[place * 4 // len(ascending)].append(i)
-        for number, members in enumerate(quarters, 1):
-            expected = [np.mean(gain[members]) for gain in G.values()]
-            found = values(q3[f"{label}, quarter {number}, K=16"])
-            assert found == pytest.approx(expected, abs=1e-6)
+    plain = Recomputed(before, after, 16)
+    parts = {"learnable": plain.d * plain.c, "incompatible": plain.d * (1 - plain.c)}
+    for part, feature in parts.items():
+        quarters = planted_tables[QUARTERS.format(part)]
+        assert list(quarters) == ["lowest quarter", "second", "third", "highest"]
+        groups = groups_by_loops(plain.q3, feature, 4)
+        for cells, members in zip(quarters.values(), groups):
+            expected = [np.mean(gain[members]) for gain in gains.values()]
+            assert values(cells) == pytest.approx(expected, abs=1e-6)
 
 
 def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_tables):
-    scores, G, later, _ = planted
-    plain = Recomputed(scores, later, 16)
+    before, after, gains, _ = planted
+    plain = Recomputed(before, after, 16)
     orders = {
         "D": plain.d,
-        "D_learn": plain.d * plain.c,
-        "D_incompat": plain.d * (1 - plain.c),
-        "H": plain.h,
-        "TIP": 1 - (1 - plain.h) * (1 - plain.d),
+        "learnable": plain.d * plain.c,
+        "incompatible": plain.d * (1 - plain.c),
+        "entropy": plain.h,
+        "tip": 1 - (1 - plain.h) * (1 - plain.d),
     }
-    assert list(planted_tables[3]) == list(orders)
+    found = planted_tables[RANKED]
+    assert list(found) == list(orders)
     for name, order in orders.items():
         expected = []
-        for gain in G.values():
+        for gain in gains.values():
             expected.append(rank_correlation_by_loops(order.tolist(), gain.tolist()))
-        assert values(planted_tables[3][name]) == pytest.approx(expected, abs=1e-4)
+        assert values(found[name]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
-    scores, G, later, args = planted
-    *_, matched, kept = planted_tables
-    plain = Recomputed(scores, later, 16)
+    before, after, gains, args = planted
+    tokens = planted_tables["What each method would keep at 10%, K=16"]
+    plain = Recomputed(before, after, 16)
     learnable = plain.d * plain.c
     n = len(plain.d)
     generator = torch.Generator().manual_seed(args.seed)
     ranked_by = {
+        "full": np.zeros(n),
         "teachability": learnable,
         "teachability_entropy": 1 - (1 - plain.h) * (1 - learnable),
         "entropy": plain.h,
@@ -3689,51 +3778,80 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
         "incompatible": plain.d * (1 - plain.c),
         "random": torch.rand(1, n, generator=generator)[0].numpy(),
     }
-    assert set(ranked_by) | {"full"} == set(opd.METHODS) == set(kept)
-    assert len(matched) == 1 + 3 * len(ranked_by)
+    assert set(ranked_by) == set(opd.METHODS) == set(tokens)
 
-    for name, feature in ranked_by.items():
+    for method, feature in ranked_by.items():
         best_first = sorted(range(n), key=lambda i: -np.float32(feature[i]))
-        for share, count in ((0.03, 54), (0.05, 90), (0.1, 180)):  # of 1800
-            best = best_first[:count]
-            expected = [np.mean(gain[best]) for gain in G.values()]
-            found = values(matched[f"{share:.0%} {name}"])
-            assert found == pytest.approx(expected, abs=1e-6)
-        counts = Counter(scores["id"][sorted(best)].tolist())
+        for share, count in (("3%", 54), ("5%", 90), ("10%", 180)):  # of 1800
+            best = best_first if method == "full" else best_first[:count]
+            expected = [np.mean(gain[best]) for gain in gains.values()]
+            found = planted_tables[kept_at(share)]
+            assert list(found) == list(opd.METHODS)
+            assert values(found[method]) == pytest.approx(expected, abs=1e-6)
+        counts = Counter(before["token"][sorted(best)].tolist())
         texts = []
         for token, count in counts.most_common(5):
-            texts.append(f"'t{token}' {count / 180:.0%}")
-        assert kept[name] == [", ".join(texts)]
+            texts.append(f"'t{token}' {count / len(best):.0%}")
+        assert tokens[method] == {"tokens": ", ".join(texts)}
 
-    expected = [gain.mean() for gain in G.values()]
-    assert values(matched["100% full"]) == pytest.approx(expected)
-    counts = Counter(scores["id"].tolist())
-    token, count = counts.most_common(1)[0]
-    assert kept["full"][0].startswith(f"'t{token}' {count / n:.0%}, ")
+
+def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tables):
+    # Features, ranks and groups are those of the sample; their members are drawn.
+    before, after, gains, args = planted
+    plain = Recomputed(before, after, 16)
+    X = np.column_stack([np.ones(1800), *map(z, plain.split(plain.c))])
+    gain = gains["overlap"]
+    learnable = plain.d * plain.c
+    rank = np.array(mean_ranks_by_loops(learnable.tolist()))
+    rank_of_gain = np.array(mean_ranks_by_loops(gain.tolist()))
+    lowest, _, highest = map(set, groups_by_loops(plain.q3, plain.c, 3))
+    third_quarter = set(groups_by_loops(plain.q3, learnable, 4)[2])
+    kept = set(sorted(range(1800), key=lambda i: -learnable[i])[:180])
+
+    gaps = []
+    contrasts = []
+    quarters = []
+    correlations = []
+    means = []
+    for at in drawn(before["context"], args.bootstrap, args.seed):
+        slopes = np.linalg.lstsq(X[at], z(gain)[at], rcond=None)[0]
+        gaps.append(slopes[2] - slopes[3])
+        most = np.mean([gain[i] for i in at if i in highest])
+        least = np.mean([gain[i] for i in at if i in lowest])
+        contrasts.append(most - least)
+        quarters.append(np.mean([gain[i] for i in at if i in third_quarter]))
+        correlations.append(np.corrcoef(rank[at], rank_of_gain[at])[0, 1])
+        means.append(np.mean([gain[i] for i in at if i in kept]))
+
+    tables = planted_tables
+    leaked = tables[f"{LEAKED} K=16"]["C before, overlap"]
+    for cell, figures in (
+        (tables[f"{EXPLAINED} K=16"]["overlap"]["gap"], gaps),
+        (tables[THIRDS[16]]["most - least"]["overlap"], contrasts),
+        (leaked["gap"], gaps),
+        (leaked["most - least"], contrasts),
+        (tables[QUARTERS.format("learnable")]["third"]["overlap"], quarters),
+        (tables[RANKED]["learnable"]["overlap"], correlations),
+        (tables[kept_at("10%")]["teachability"]["overlap"], means),
+    ):
+        expected = [quantile(figures, 0.025), quantile(figures, 0.975)]
+        assert [cell["low"], cell["high"]] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", opd.METHODS)
 def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
     # In floats 0.07 * 100 > 7 and 0.29 * 100 < 29. Of opd.select's extra position for
     # a response without one there is nothing here: 7 of 25 contexts have one at most.
-    scores, *_ = made_up(0.0, contexts=25, each=4)
+    before, *_ = made_up(0.0, contexts=25, each=4)
     for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
-        kept = diagnose.kept_by(method, scores, 16, budget, seed=0)
+        kept = diagnose.kept_by(method, before, 16, budget, seed=0)
         assert kept.sum() == (100 if method == "full" else expected)
 
 
-def test_the_budget_and_the_seed_are_those_of_the_flags():
-    scores, G, later, args = made_up(0.0, contexts=20, each=10)
-    args.bootstrap = 5
-    args.budget = 0.01  # two positions, so that shares are 50 % or 100 %
-    tables = diagnose.all_tables(scores, G, later, args, decode_number)
-    assert tables[-1]["title"].endswith("at 1%")
-    kept = tables[-1]["rows"]
-    for method in set(opd.METHODS) - {"full"}:
-        assert set(re.findall(r"\d+%", kept[method][0])) <= {"50%", "100%"}
-
-    one = diagnose.kept_by("random", scores, 16, 0.1, seed=1)
-    two = diagnose.kept_by("random", scores, 16, 0.1, seed=2)
+def test_what_is_kept_by_chance_depends_on_the_seed():
+    before, *_ = made_up(0.0, contexts=20, each=10)
+    one = diagnose.kept_by("random", before, 16, 0.1, seed=1)
+    two = diagnose.kept_by("random", before, 16, 0.1, seed=2)
     assert (one != two).any()
 
 
@@ -3745,36 +3863,41 @@ def test_overlap_is_the_probability_that_both_models_agree_on():
 
 
 def test_a_planted_effect_is_recovered():
-    explained, leaked, q3, ranks, matched, _ = tabulated(*made_up(1.0))
-    learn, incompat, gap, *_ = explained["forward_kl, K=16"]
-    assert learn["low"] > 0.3
-    assert abs(incompat["value"]) < 0.1
-    assert gap["low"] > 0
-    assert leaked["forward_kl, C before, K=16"][0] == gap
-    assert ranks["D_learn"][0]["low"] > 0.2
-    assert q3["top - bottom third of C, K=16"][0]["low"] > 0
-    by_chance = matched["10% random"][0]
-    assert matched["10% teachability"][0]["low"] > by_chance["high"]
+    tables = tabulated(*made_up(1.0))
+    explained = tables[f"{EXPLAINED} K=16"]
+    for name in MEASURES:
+        cells = explained[name]
+        assert cells["learnable"]["low"] > 0.3
+        assert abs(cells["incompatible"]["value"]) < 0.1
+        assert cells["gap"]["low"] > 0
+        assert tables[f"{LEAKED} K=16"][f"C before, {name}"]["gap"] == cells["gap"]
+        assert tables[RANKED]["learnable"][name]["low"] > 0.2
+        assert tables[THIRDS[16]]["most - least"][name]["low"] > 0
+        kept = tables[kept_at("10%")]
+        assert kept["teachability"][name]["low"] > kept["random"][name]["high"]
 
 
 def test_an_absent_effect_is_not_found():
-    explained, leaked, *_ = tabulated(*made_up(0.0))
-    assert all(cells[3] < 0.02 for cells in explained.values())
     # Each gap misses 0 by chance once in twenty times.
-    gaps = [cells[2] for cells in explained.values()]
-    gaps += [cells[0] for cells in leaked.values()]
+    tables = tabulated(*made_up(0.0))
+    gaps = []
+    for k in (8, 16, 32):
+        for cells in tables[f"{EXPLAINED} K={k}"].values():
+            assert cells["R2"] < 0.02
+            gaps.append(cells["gap"])
+        for cells in tables[f"{LEAKED} K={k}"].values():
+            gaps.append(cells["gap"])
     assert len(gaps) == 36
     assert sum(gap["low"] < 0 < gap["high"] for gap in gaps) >= 30
 
 
 def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
-    scores, G, later, args = made_up(1.0, "C16_after")
-    weights = diagnose.cluster_weights(args.contexts, 200, args.seed)
-    leaked, printed = diagnose.leak(scores, later, G, [16], 16, weights)
-    assert printed == list(leaked)
+    before, after, gains, args = made_up(1.0, c_of="after")
+    args.bootstrap = 200
+    leaked = diagnose.leak(before, after, gains, 16, args)
     for name in MEASURES:
-        before_gap, before_contrast = leaked[f"{name}, C before, K=16"].values()
-        after_gap, after_contrast = leaked[f"{name}, C after, K=16"].values()
+        before_gap, before_contrast = leaked[f"C before, {name}"].values()
+        after_gap, after_contrast = leaked[f"C after, {name}"].values()
         assert after_gap["low"] > 0.2
         assert after_contrast["low"] > 0.1
         assert abs(before_gap["value"]) < 0.1
@@ -3783,10 +3906,10 @@ def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
 
 
 def test_a_constant_feature_is_named_instead_of_printing_nan():
-    scores, G, later, args = made_up(0.0)
-    scores["H_teacher"][:] = 1
-    with pytest.raises(ValueError, match="H_teacher"):
-        tabulated(scores, G, later, args)
+    before, after, gains, args = made_up(0.0)
+    before["teacher_entropy"][:] = 1
+    with pytest.raises(ValueError, match="teacher_entropy is the same"):
+        tabulated(before, after, gains, args)
 
 
 # ======================================================================================
@@ -3815,7 +3938,7 @@ def measured(store, tmp_path_factory):
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     _, (report, positions, page) = measured
-    contexts = [line["context"] for line in positions]
+    contexts = [line["before"]["context"] for line in positions]
     assert report["args"]["contexts"] == 12 == report["args"]["eval_prompts"]
     assert sorted(set(contexts)) == list(range(12))
     assert report["summary"].startswith(f"12 contexts, {len(positions)} positions. ")
@@ -3823,13 +3946,13 @@ def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     assert set(report["versions"]) == {"torch", "transformers", "numpy"}
 
     assert "nan" not in json.dumps(report).lower()
-    assert len(report["tables"]) == 6
+    assert len(report["tables"]) == 16
     for table in report["tables"]:
-        assert set(table["printed"]) <= set(table["rows"])
-        assert table["title"] in page
+        assert html.escape(table["title"]) in page
+        first_row, *_ = table["rows"].values()
         for cells in table["rows"].values():
-            assert len(cells) == len(table["columns"])
-            for cell in cells:
+            assert list(cells) == list(first_row)
+            for cell in cells.values():
                 if isinstance(cell, dict):
                     assert cell["low"] <= cell["high"]
 
@@ -3838,38 +3961,35 @@ def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     assert page.count('class="token"') == len(positions) + 3  # 3 in the legend
 
 
-def test_the_terminal_shows_the_main_rows_in_100_columns(measured):
+def test_the_terminal_shows_the_main_tables_in_100_columns(measured):
     _, (report, *_) = measured
     printed = []
     for table in report["tables"]:
-        text = diagnose.as_text(table)
-        assert max(map(len, text.splitlines())) <= 100
-        printed.append(table["printed"])
-        for label in table["printed"]:
-            assert label in text
-    names = [*MEASURES, "relative"]
-    assert printed[0] == [f"{name}, K=16" for name in names]
-    assert len(printed[1]) == 8
-    assert all(label.endswith("K=16") for label in printed[1])
-    assert printed[2] == ["top - bottom third of C, K=16"]
-    assert len(printed[3]) == 5
-    assert printed[4][:2] == ["100% full", "10% teachability"]
-    assert len(printed[4]) == 9
-    assert printed[5] == []
+        if table["printed"]:
+            text = diagnose.as_text(table)
+            assert max(map(len, text.splitlines())) <= 100
+            assert text.startswith(table["title"] + "\n")
+            for label in table["rows"]:
+                assert f"\n{label} " in text
+            printed.append(table["title"])
+    assert printed == [
+        kept_at("10%"),
+        f"{EXPLAINED} K=16",
+        THIRDS[16],
+        f"{LEAKED} K=16",
+    ]
 
 
 def test_a_table_in_text_is_aligned():
-    table = diagnose.make_table(
-        "T",
-        "How to read.",
-        {
-            "one": {"a": {"value": 0.5, "low": -0.25, "high": 1}, "b": 0.75},
-            "two": {"a": {"value": -0.5, "low": -1, "high": 0}, "b": 0.1},
-        },
-        printed=["two"],
-    )
+    rows = {
+        "one": {"a": {"value": 0.5, "low": -0.25, "high": 1}, "b": 0.75},
+        "two": {"a": {"value": -0.5, "low": -1, "high": 0}, "b": 0.1},
+    }
+    table = {"title": "T", "reading": "How to read.", "rows": rows}
     assert diagnose.as_text(table).splitlines() == [
-        "T                        a      b",
+        "T",
+        "                         a      b",
+        "one  +0.500 [-0.25, +1.00]  0.750",
         "two  -0.500 [-1.00, +0.00]  0.100",
         "> How to read.",
     ]
@@ -3887,31 +4007,37 @@ def after_merging(probabilities, ends):
     return merged
 
 
-def measured_by_loops(p, q):  # -> {name: what positions.jsonl should say}
+def measured_by_loops(p, q, tokens):  # -> {name: what positions.jsonl should say}
     found = {
         "forward_kl": kl(q, p),
         "reverse_kl": kl(p, q),
         "overlap": sum(map(min, p, q)),
-        "H": -sum(x * math.log(x) for x in p),
-        "H_teacher": -sum(x * math.log(x) for x in q),
+        "entropy": -sum(x * math.log(x) for x in p),
+        "teacher_entropy": -sum(x * math.log(x) for x in q),
     }
+    for who, probabilities in (("student", p), ("teacher", q)):
+        likeliest = sorted(range(len(p)), key=lambda v: -probabilities[v])[:5]
+        found[f"{who}_choices"] = [tokens[v] for v in likeliest]
     for k in (8, 16, 32):
         union = top(p, k) | top(q, k)
-        p_inside = sum(p[v] for v in union)
-        q_inside = sum(q[v] for v in union)
-        p_union = [p[v] / p_inside for v in union]
-        q_union = [q[v] / q_inside for v in union]
-        found[f"D{k}"] = kl(q_union, p_union)
-        found[f"C{k}"] = sum(q[v] for v in top(p, k))
+        found[f"divergence, K={k}"] = kl(restricted(q, union), restricted(p, union))
+        found[f"compatibility, K={k}"] = sum(q[v] for v in top(p, k))
     return found
 
 
+def check_numbers(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-4), name
+
+
 def check_positions(positions, prompts, before, after):
-    """Each line against whole models, alone, without padding, at theta0 and theta1."""
+    """Each line against whole models, alone, without padding, before and after."""
     ends = before.end_ids
+    tokens = [v for v in range(V) if v not in ends[1:]]
     for number, prompt in enumerate(prompts):
-        here = [line for line in positions if line["context"] == number]
-        ids = [line["id"] for line in here]
+        here = [line for line in positions if line["before"]["context"] == number]
+        ids = [line["before"]["token"] for line in here]
         student0, teacher = own_logits(before, prompt, ids)
         student1, _ = own_logits(after, prompt, ids)
         logits = zip(here, rows(student0), rows(student1), rows(teacher))
@@ -3919,19 +4045,20 @@ def check_positions(positions, prompts, before, after):
             p0 = after_merging(softmax(p0), ends)
             p1 = after_merging(softmax(p1), ends)
             q = after_merging(softmax(q), ends)
-            expected = measured_by_loops(p0, q)
-            later = measured_by_loops(p1, q)
-            for k in (8, 16, 32):
-                expected[f"C{k}_after"] = later[f"C{k}"]
+            expected = measured_by_loops(p0, q, tokens)
+            later = measured_by_loops(p1, q, tokens)
+            gain = {"overlap": later["overlap"] - expected["overlap"]}
             for name in ("forward_kl", "reverse_kl"):
-                expected[f"gain_{name}"] = expected[name] - later[name]
-            expected["gain_overlap"] = later["overlap"] - expected["overlap"]
+                gain[name] = expected[name] - later[name]
             expected["position"] = t / max(len(here) - 1, 1)
-            expected["id"] = ids[t]
+            expected["token"] = ids[t]
             expected["context"] = number
-            token = line.pop("token")
-            assert line == pytest.approx(expected, abs=1e-4)
-            assert token == before.tokenizer.decode(ids[t])
+
+            assert set(line) == {"text", "before", "after", "gain"}
+            assert line["text"] == before.tokenizer.decode(ids[t])
+            check_numbers(line["before"], expected)
+            check_numbers(line["after"], later)
+            check_numbers(line["gain"], gain)
 
 
 def test_every_position_says_what_loops_over_both_models_say(store, measured):
@@ -3943,12 +4070,15 @@ def test_every_position_says_what_loops_over_both_models_say(store, measured):
     prompts = []
     for line in (folder / "many.jsonl").read_text().splitlines()[-12:]:
         prompts.append(before.tokenizer(json.loads(line)["prompt"]).input_ids)
-    check_positions([dict(line) for line in positions], prompts, before, after)
+    check_positions(positions, prompts, before, after)
 
-    # The student has changed, so that no figure of theta0 can pass for one of theta1.
-    assert all(abs(line["gain_forward_kl"]) > 1e-3 for line in positions)
-    moved = [line for line in positions if abs(line["C8_after"] - line["C8"]) > 1e-2]
-    assert len(moved) > len(positions) / 4
+    # The student has changed: no figure of before can pass for one of after.
+    name = "compatibility, K=8"
+    moved = 0
+    for line in positions:
+        assert abs(line["gain"]["forward_kl"]) > 1e-3
+        moved += abs(line["after"][name] - line["before"][name]) > 1e-2
+    assert moved > len(positions) / 4
 
 
 def load_student(folder):
@@ -3962,10 +4092,10 @@ def test_pairs_with_two_end_ids_are_measured_as_if_these_were_one(store, tmp_pat
     put(tmp_path / "teacher", teacher)
     put(tmp_path / "after", model_of("qwen3", seed=3))
     more = ["--teacher", tmp_path / "teacher", "--after", tmp_path / "after"]
+    more += ["--batch-size", 2]  # so that the twelve contexts are two batches
     report, positions, _ = diagnosis(store, tmp_path / "out", *more)
-    assert (
-        f"4 held-out prompts, some repeated; theta1 is {tmp_path}" in report["summary"]
-    )
+    says = f"4 held-out prompts, some repeated; the trained student is {tmp_path}"
+    assert says in report["summary"]
 
     before = opd.load_pair(f"{store}/qwen3-student", tmp_path / "teacher")
     after = before._replace(student=load_student(tmp_path / "after"))
@@ -3973,20 +4103,16 @@ def test_pairs_with_two_end_ids_are_measured_as_if_these_were_one(store, tmp_pat
     prompts = []
     for line in (store / "prompts.jsonl").read_text().splitlines()[-4:]:
         prompts.append(before.tokenizer(json.loads(line)["prompt"]).input_ids)
-    check_positions([dict(line) for line in positions], 3 * prompts, before, after)
+    check_positions(positions, 3 * prompts, before, after)
 
     # Apart, the two ends would have made a difference.
     apart = before._replace(end_ids=[0])
     with pytest.raises(AssertionError):
-        check_positions([dict(line) for line in positions], 3 * prompts, apart, after)
+        check_positions(positions, 3 * prompts, apart, after)
 
 
-def theta0(line):
-    kept = {}
-    for name, value in line.items():
-        if not name.startswith("gain") and not name.endswith("_after"):
-            kept[name] = value
-    return kept
+def of_before(positions):
+    return [(line["text"], line["before"]) for line in positions]
 
 
 def diagnosis_of_unchanged(store, folder, out):
@@ -4005,21 +4131,23 @@ def test_features_come_from_before_training_alone(store, measured, tmp_path):
     more = ["--prompts", folder / "many.jsonl", "--eval-prompts", 12]
     more += ["--after", store / "qwen3-teacher"]
     _, other, _ = diagnosis(store, tmp_path / "other", *more)
-    assert [theta0(line) for line in other] == [theta0(line) for line in positions]
-    # The teacher as theta1 leaves no distance to the teacher.
+    assert of_before(other) == of_before(positions)
+    # The teacher as the trained student leaves no distance to the teacher.
     for line in other:
+        before = line["before"]
         for name in ("forward_kl", "reverse_kl"):
-            assert line[f"gain_{name}"] == pytest.approx(line[name], abs=1e-5)
-        assert line["gain_overlap"] == pytest.approx(1 - line["overlap"], abs=1e-5)
+            assert line["gain"][name] == pytest.approx(before[name], abs=1e-5)
+        rise = 1 - before["overlap"]
+        assert line["gain"]["overlap"] == pytest.approx(rise, abs=1e-5)
 
 
 def test_an_unchanged_student_gains_nothing(measured, unchanged):
     _, (_, positions, _) = measured
     report, same, _ = unchanged
-    assert [theta0(line) for line in same] == [theta0(line) for line in positions]
+    assert of_before(same) == of_before(positions)
     for line in same:
-        assert [line[f"gain_{name}"] for name in MEASURES] == [0, 0, 0]
-        assert line["C16_after"] == line["C16"]
+        assert line["gain"] == {name: 0 for name in MEASURES}
+        assert line["after"].items() <= line["before"].items()
     assert "not changed" in report["summary"]
 
 
@@ -4103,7 +4231,8 @@ def test_what_was_measured_is_kept_though_a_table_cannot_be_made(
     with one_line(capsys, "position is the same at all positions"):
         opd.run(diagnose.main, args)
     positions = (tmp_path / "out" / "positions.jsonl").read_text()
-    assert [json.loads(line)["position"] for line in positions.splitlines()] == [0] * 5
+    lines = [json.loads(line) for line in positions.splitlines()]
+    assert [line["before"]["position"] for line in lines] == [0] * 5
 
 
 def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
@@ -4148,11 +4277,11 @@ def test_the_page_shows_a_hostile_token_and_does_not_run_it():
     def decode(token):
         return hostile
 
-    scores, G, later, args = made_up(0.0, contexts=5, each=40)
+    before, after, _, args = made_up(0.0, contexts=5, each=40)
     args.bootstrap = 20
-    scores["student_choices"] = scores["teacher_choices"] = scores["id"][:, None]
-    tables = diagnose.all_tables(scores, G, later, args, decode)
-    responses = diagnose.token_map([[1]] * 5, scores, G, 16, decode)
+    before["student_choices"] = before["teacher_choices"] = before["token"][:, None]
+    tables = diagnose.all_tables(before, after, args, decode)
+    responses = diagnose.token_map([[1]] * 5, before, after, 16, decode)
     page = diagnose.as_page(tables, hostile, responses)
 
     assert "<script" not in page
@@ -4174,82 +4303,74 @@ def test_the_legend_shows_both_colours_and_their_mixture():
     for tag, attributes in Elements(diagnose.as_page([], "", "")).found:
         if tag == "span":
             spans.append((attributes["style"], attributes["data-tip"]))
+    blue = "--learnable:0.90;--incompatible:0.00"
+    orange = "--learnable:0.00;--incompatible:0.90"
+    mixture = "--learnable:0.40;--incompatible:0.40"
     assert spans == [
-        ("--learn:0.90;--incompat:0.00", "D_learn = D * C"),
-        ("--learn:0.00;--incompat:0.90", "D_incompat = D * (1 - C)"),
-        ("--learn:0.40;--incompat:0.40", "D = D_learn + D_incompat"),
+        (blue, "D * C"),
+        (orange, "D * (1 - C)"),
+        (mixture, "the two add up to D"),
     ]
 
 
 def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
-    scores = {
-        "id": np.array([7, 8]),
-        "H": np.array([0.0, 1.25]),
-        "D4": np.array([0.0, 2.25]),
-        "C4": np.array([0.0, 0.5]),
+    before = {
+        "token": np.array([7, 8]),
+        "entropy": np.array([0.0, 1.25]),
+        "divergence, K=4": np.array([0.0, 2.25]),
+        "compatibility, K=4": np.array([0.0, 0.5]),
         "student_choices": np.array([[0, 0], [1, 2]]),
         "teacher_choices": np.array([[0, 0], [2, 3]]),
     }
-    G = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
-    assert diagnose.tooltip(1, scores, G, 4, decode_number).splitlines() == [
-        "'t8'   H 1.25   D 2.25   C 0.50   G overlap -0.500, reverse_kl +0.125",
+    gains = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
+    numbers = "entropy 1.25   D 2.25   C 0.50"
+    gained = "gain in overlap -0.500   gain in reverse_kl +0.125"
+    assert diagnose.tooltip(1, before, gains, 4, decode_number).splitlines() == [
+        f"'t8'   {numbers}   {gained}",
         "student: 't1'  't2'",
         "teacher: 't2'  't3'",
     ]
 
 
 def test_the_map_has_both_colours_of_the_first_contexts():
-    scores, G, _, args = made_up(0.0, contexts=20, each=10)
-    scores["student_choices"] = scores["teacher_choices"] = scores["id"][:, None]
-    page = diagnose.token_map([[1]] * 20, scores, G, 16, decode_number)
+    before, after, gains, _ = made_up(0.0, contexts=20, each=10)
+    before["student_choices"] = before["teacher_choices"] = before["token"][:, None]
+    page = diagnose.token_map([[1]] * 20, before, after, 16, decode_number)
     spans = []
     for _, attributes in Elements(page).found:
         if attributes.get("class") == "token":
             spans.append(attributes)
     assert len(spans) == 12 * 10
-    features = diagnose.make_features(scores, 16)
+    plain = Recomputed(before, after, 16)
+    learnable = plain.d * plain.c
+    incompatible = plain.d * (1 - plain.c)
     for i, attributes in enumerate(spans):
-        learn = features["D_learn"][i]
-        incompat = features["D_incompat"][i]
-        assert attributes["style"] == f"--learn:{learn:.2f};--incompat:{incompat:.2f}"
-        assert attributes["data-tip"].startswith(f"'t{scores['id'][i]}' ")
+        shares = re.findall(r":([\d.]+)", attributes["style"])
+        expected = [learnable[i], incompatible[i]]
+        assert [float(share) for share in shares] == pytest.approx(expected, abs=0.006)
+        assert attributes["data-tip"].startswith(f"'t{before['token'][i]}' ")
+        assert f"gain in overlap {gains['overlap'][i]:+.3f}" in attributes["data-tip"]
 
 
-def test_bars_of_a_column_have_one_scale_with_zero_in_it():
-    # The first column reaches from -1 to 3, so 0 stands at 25 of 100; the second to 2.
-    table = diagnose.make_table(
-        "T",
-        "R",
-        {
-            "up": {
-                "a": {"value": 1, "low": 0, "high": 3},
-                "b": {"value": 1, "low": 0.5, "high": 2},
-                "c": 0.25,
-            },
-            "down": {
-                "a": {"value": -0.5, "low": -1, "high": 0},
-                "b": {"value": 0, "low": 0, "high": 0},
-                "c": 0.5,
-            },
-        },
-        printed=[],
-    )
-    page = diagnose.table_html(table)
-    bars = []
-    whiskers = []
-    zeros = []
-    for tag, at in Elements(page).found:
-        if tag == "rect":
-            bars.append((float(at["x"]), float(at["width"])))
-        if tag == "line" and at["y1"] == "5":
-            whiskers.append((float(at["x1"]), float(at["x2"])))
-        if tag == "line" and at["y1"] == "0":
-            zeros.append(float(at["x1"]))
-            assert at["x1"] == at["x2"]
-    assert bars == [(25, 25), (0, 50), (12.5, 12.5), (0, 0)]
-    assert whiskers == [(25, 100), (25, 100), (0, 25), (0, 0)]
-    assert zeros == [25, 0, 25, 0]
-    assert page.index("up") < page.index("0.250") < page.index("down")
+def test_a_table_of_the_page_has_every_label_and_every_cell():
+    rows = {
+        "one": {"a": {"value": 0.5, "low": -0.25, "high": 1}, "b": 0.75},
+        "<two>": {"a": {"value": -0.5, "low": -1, "high": 0}, "b": "'<b>' 9%"},
+    }
+    page = diagnose.table_html({"title": "T & U", "reading": "1 < 2.", "rows": rows})
+    assert "<h2>T &amp; U</h2>" in page
+    assert "<p>1 &lt; 2.</p>" in page
+    found = []
+    for row in re.findall("<tr>(.*?)</tr>", page, re.S):
+        cells = re.findall("<t[hd]>(.*?)</t[hd]>", row, re.S)
+        found.append([html.unescape(cell) for cell in cells])
+    assert found == [
+        ["", "a", "b"],
+        ["one", "+0.500 [-0.25, +1.00]", "0.750"],
+        ["<two>", "-0.500 [-1.00, +0.00]", "'<b>' 9%"],
+    ]
+    assert "<two>" not in page
+    assert "<b>" not in page
 
 
 # ======================================================================================
@@ -4261,27 +4382,45 @@ def script(name):  # -> {name: function}
     return runpy.run_path(str(HERE / ".evidence" / f"{name}.py"))
 
 
-def test_the_evidence_tables_follow_from_reports_and_from_positions(measured, capsys):
-    folder, (report, *_) = measured
+def test_the_evidence_tables_follow_from_reports_and_from_positions(
+    measured, unchanged, capsys
+):
+    folder, (report, positions, _) = measured
     tables = script("tables")
     tables["main"]([folder / "out", folder / "unchanged"])
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    for table in report["tables"]:
+        has_means = not table["title"].startswith("What each method would keep")
+        assert printed.count(table["title"]) == has_means
 
-    cells = report["tables"][0]["rows"]["reverse_kl, K=16"]
+    cells = report["tables"][1]["rows"]["reverse_kl"]
     unchanged = json.loads((folder / "unchanged" / "report.json").read_text())
-    others = unchanged["tables"][0]["rows"]["reverse_kl, K=16"]
-    mean = (cells[2]["value"] + others[2]["value"]) / 2
-    spread = abs(cells[2]["value"] - others[2]["value"]) / math.sqrt(2)
-    line = next(a for a in printed.splitlines() if a.startswith("reverse_kl, K=16"))
+    others = unchanged["tables"][1]["rows"]["reverse_kl"]
+    mean = (cells["gap"]["value"] + others["gap"]["value"]) / 2
+    spread = abs(cells["gap"]["value"] - others["gap"]["value"]) / math.sqrt(2)
+    title = printed.index(report["tables"][1]["title"])
+    assert re.split("  +", printed[title + 1].strip()) == list(cells)
+    line = next(a for a in printed[title:] if a.startswith("reverse_kl "))
     assert f"{mean:+.3f} ± {spread:.3f} " in line
-    assert line.endswith(f"{(cells[4] + others[4]) / 2:.3f}")
-    again = [a.split() for a in printed.splitlines() if a.startswith("gap ")]
-    assert again[0][1:4] == [f"{mean:+.3f}", "±", f"{spread:.3f}"]
+    last = list(cells)[-1]
+    assert line.endswith(f"{(cells[last] + others[last]) / 2:.3f}")
 
-    # Without the teacher's entropy the slopes are others.
+    again = [a.split() for a in printed if a.startswith("gap ")]
     assert len(again) == 2
-    assert again[1] != again[0]
-    assert len(re.findall("^H_teacher", printed, re.M)) == 1
+    assert again[0][1:4] == [f"{mean:+.3f}", "±", f"{spread:.3f}"]
+    assert len([a for a in printed if a.startswith("teacher_entropy ")]) == 1
+
+    # Without the teacher's entropy, the last column, the slopes are others.
+    before = {}
+    for name in positions[0]["before"]:
+        before[name] = np.array([line["before"][name] for line in positions])
+    gain = np.array([line["gain"]["reverse_kl"] for line in positions])
+    plain = Recomputed(before, before, 16)
+    slopes, _ = slopes_by_lstsq(plain.split(plain.c)[:-1], gain)
+    found = tables["regression"](folder / "out", "teacher_entropy")
+    expected = [*slopes, slopes[1] - slopes[2]]
+    assert values(found) == pytest.approx(expected, abs=1e-4)
+    assert abs(found["gap"]["value"] - cells["gap"]["value"]) > 1e-3
 
 
 def test_evidence_counts_the_intervals_on_either_side_of_zero():
@@ -4542,29 +4681,37 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
     assert torch.allclose(ours * max(1.0, norm), theirs, atol=1e-4)
 
 
-def test_the_worked_example_of_the_readme_is_right():
-    p = log_of([0.85, 0.07, 0.02, 0.02, 0.02, 0.02])
-    learnable = log_of([0.05, 0.87, 0.02, 0.02, 0.02, 0.02])
-    incompatible = log_of([0.245, 0.02, 0.675, 0.02, 0.02, 0.02])
-    s = p.expand(2, 6).clone().requires_grad_()
-    t = torch.cat([learnable, incompatible])
+def test_the_three_tokens_of_the_readme_are_right(capsys):
+    block = re.search(r"```python\n([^`]*?wanted = [^`]*?)```", README)[1]
+    exec(block, {})
+    printed = []
+    for line in capsys.readouterr().out.splitlines():
+        printed.append([float(number) for number in line.split()])
 
-    D = opd.divergence(s, t, 2)
-    C = opd.compatibility(s, t, 2)
-    reverse = opd.reverse_kl(s, t)
-    (gradient,) = torch.autograd.grad(reverse.sum(), s)
-    wanted = gradient[[0, 1], [1, 2]]  # on the logit that the teacher wants
-    found = []
-    for pair in (opd.entropy(s), opd.forward_kl(s, t), D, C, D * C, D * (1 - C)):
-        found += pair.tolist()
-    found += reverse.tolist() + wanted.tolist()
-    figures = [f"{x:.2f}" for x in found]
-    H_and_forward = "0.64 0.64 2.05 2.05"
-    scores = "2.23 2.18 0.92 0.27 2.05 0.58 0.18 1.60"
-    reverse_and_gradient = "2.23 1.07 -0.33 -0.09"
-    assert " ".join(figures) == f"{H_and_forward} {scores} {reverse_and_gradient}"
-    for figure in figures:
-        assert figure in README
+    # The same by hand, at K = 2: the student considers the first two tokens.
+    p = [0.70, 0.28, 0.019, 0.001]
+    expected = []
+    for q in (p, [0.15, 0.83, 0.019, 0.001], [0.15, 0.01, 0.01, 0.83]):
+        _, D, C = plain_scores(p, q, 2)
+        wanted = q.index(max(q))
+        gradient = p[wanted] * (math.log(p[wanted] / q[wanted]) - kl(p, q))
+        expected.append([D, C, gradient, kl(p, q)])
+    assert [row[0] for row in printed] == pytest.approx(
+        [D for D, *_ in expected], abs=6e-4
+    )
+    d = normalized([D for D, *_ in expected], [D for D, *_ in expected])
+    c = normalized([C for _, C, *_ in expected], [C for _, C, *_ in expected])
+    for row, (D, C, gradient, _), d, c in zip(printed, expected, d, c):
+        assert row == pytest.approx([D, C, d, c, d * c, gradient], abs=6e-4)
+
+    # The table below the block has what it prints; the text has the losses.
+    rows = re.findall(r"^\| (?:agrees|wants)[^|]*\|(.*)\|$", README, re.M)
+    assert len(rows) == 3
+    for row, numbers in zip(rows, printed):
+        cells = [float(cell.replace("*", "")) for cell in row.split("|")]
+        assert cells == numbers
+    for *_, loss in expected[1:]:
+        assert f"{loss:.2f}".lstrip("0") in README
 
 
 def commands_of_the_readme():  # -> [(program, its flags)], with variables replaced

@@ -36,12 +36,14 @@ def print_report_tables(folders):
         text = (folder / "report.json").read_text()
         reports.append(json.loads(text))
 
-    # The last table holds tokens, which have no mean.
-    for number, table in enumerate(reports[0]["tables"][:-1]):
+    for number, table in enumerate(reports[0]["tables"]):
+        first_row = next(iter(table["rows"].values()))
+        if "tokens" in first_row:
+            continue  # they have no mean
         rows = {}
         for label, cells in table["rows"].items():
             texts = []
-            for column, cell in enumerate(cells):
+            for column, cell in cells.items():
                 same = []
                 for report in reports:
                     other = report["tables"][number]["rows"][label]
@@ -51,7 +53,7 @@ def print_report_tables(folders):
                 else:
                     texts.append(f"{np.mean(same):.3f}")  # R2 has no interval
             rows[label] = texts
-        print_table(table["title"], table["columns"], rows)
+        print_table(table["title"], first_row, rows)
 
 
 def regression(folder, without):  # -> {name: estimate} of the slopes, and of the gap
@@ -59,23 +61,27 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     lines = []
     for line in (folder / "positions.jsonl").read_text().splitlines():
         lines.append(json.loads(line))
-    scores = {}
-    for name in lines[0]:
-        scores[name] = np.array([line[name] for line in lines])
+    before = {}
+    for name in lines[0]["before"]:
+        before[name] = np.array([line["before"][name] for line in lines])
+    gain = np.array([line["gain"]["reverse_kl"] for line in lines])
 
-    context = scores["context"]
-    weights = diagnose.cluster_weights(context.max() + 1, draws=1000, seed=0)
-    features = diagnose.make_features(scores, 16)
     names = [name for name in diagnose.REGRESSORS if name != without]
-    slopes, _ = diagnose.least_squares(
-        features, names, scores["gain_reverse_kl"], context, weights
-    )
-    slopes["gap"] = slopes["D_learn"] - slopes["D_incompat"]
-    return {name: diagnose.estimate(draws) for name, draws in slopes.items()}
+    X = diagnose.design(diagnose.make_features(before, 16), names)
+    Y = diagnose.zscore(gain)
+
+    def slopes_and_gap(X, Y):
+        slopes = diagnose.least_squares(X, Y)[1:]  # the first is that of ones
+        gap = slopes[names.index("learnable")] - slopes[names.index("incompatible")]
+        return np.append(slopes, gap)[:, None]
+
+    found = diagnose.bootstrap(slopes_and_gap, [X, Y], before["context"], 1000, seed=0)
+    rows = diagnose.table_rows(found, [*names, "gap"], ["slope"])
+    return {name: cells["slope"] for name, cells in rows.items()}
 
 
 def print_regressions(folders):
-    for without in (None, "H_teacher"):
+    for without in (None, "teacher_entropy"):
         found = [regression(folder, without) for folder in folders]
         rows = {}
         for name in found[0]:

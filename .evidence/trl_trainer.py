@@ -104,19 +104,15 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             states = self._get_last_hidden_state(model, ids, attention, length)
             hidden.append(states[mask])  # [N, E]
         student_hidden, teacher_hidden = hidden
-        tokens = batch["completion_ids"][mask]  # [N]
-        is_end = torch.isin(tokens, torch.tensor(pair.end_ids).to(tokens))
-        tokens = tokens.masked_fill(is_end, pair.end_ids[0])  # one event, one id
 
         parts = []
         size = opd.chunk_size(pair)
-        for student, teacher, chosen in zip(
-            student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
+        for student, teacher in zip(
+            student_hidden.split(size), teacher_hidden.split(size)
         ):
             part = opd.measure(
                 opd.next_token_logits(pair, pair.student, student),
                 opd.next_token_logits(pair, pair.teacher, teacher),
-                chosen,
                 self.support,
             )
             parts.append(part)
