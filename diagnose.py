@@ -9,20 +9,20 @@ looking at the same tokens twice, before training and after it:
                 trained earlier (--after)
   4. measure    once more: the same positions, the same teacher, the trained student
   5. report     the gain of a position is how much nearer to the teacher the student
-                came there. What known before training foretells it?
+                came there. Which of the earlier measurements foretell it?
 
 `python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` spares
 the training: OUT is a run of `opd.py --select full`. The main tables are printed, and a
 page for the browser has more.
 
-A gain is above 0 where the student came nearer. It is measured in three ways, and in a
-fourth by two of the tables:
+A gain is above 0 where the student came nearer. It is measured in several ways:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
-  overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1]: by how much a token that
-              the student samples looks more like one of the teacher's
+  overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1], the probability that both
+              models agree on
   relative    the fall of forward_kl as a share of what it was, as in the paper's code
+              (in the regression alone)
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. D is
 the divergence, C the compatibility, K the number of top tokens that these two look at.
@@ -149,11 +149,11 @@ def measure(pair, batches, args):  # -> {name: [N]}
         teacher_hidden = opd.all_hidden_states(
             pair.teacher, batch, args.micro_batch_size
         )
-        chunks = opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits in chunks:
-            measured = measure_chunk(student_logits, teacher_logits, args.ks)
-            for name, values in measured.items():
-                found[name].append(values.cpu().numpy())
+        measured = opd.at_valid_positions(
+            pair, batch, student_hidden, teacher_hidden, measure_chunk, args.ks
+        )
+        for name, values in measured.items():
+            found[name].append(values.cpu().numpy())
 
     joined = {}
     for name, parts in found.items():
@@ -384,10 +384,10 @@ def kept_tokens(before, k, budget, seed, decode):  # -> rows
     return rows
 
 
-# The question is about the two parts of D, learnable and incompatible. The others stand
-# beside, so that the two do not get the credit for what these explain: an unsure
-# student may learn more anywhere. All are the paper's. So is the baseline, which has D
-# unsplit, and its product with the entropy.
+# The regression's question is about the learnable and the incompatible part of D. The
+# other three are controls: an unsure student, or an early position, may gain more
+# whatever the teacher says, and the two parts must not get the credit for that. UNSPLIT
+# is the paper's baseline: D as a whole, and its product with the entropy.
 REGRESSORS = ("entropy", "learnable", "incompatible", "position", "teacher_entropy")
 UNSPLIT = ("entropy", "D", "entropy * D", "position", "teacher_entropy")
 
@@ -489,7 +489,7 @@ def compare_quarters(before, gains, k, part, args):  # -> rows
 def leak(before, after, gains, k, args):  # -> rows
     """Two of the figures above, with C of before training and, wrongly, of after it.
 
-    All else is of before both times: also D, and which positions are compared.
+    Everything else stays as before training.
     """
     leaky = before.copy()
     leaky[f"compatibility, K={k}"] = after[f"compatibility, K={k}"]

@@ -115,7 +115,7 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     in_union.scatter_(-1, teacher_logits.topk(k).indices, True)
 
     # Outside U a logit of -1e30 makes the probability 0, so that the softmax is over U
-    # alone. (Not -inf: below, 0 times an infinity would be nan.)
+    # alone. (Not -inf: below, an infinity minus an infinity would be nan.)
     logp = student_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
     logq = teacher_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
     return (logq.exp() * (logq - logp)).sum(-1)
@@ -252,12 +252,13 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 #      keep = select(ranks, mask, budget)
 #      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
 #      loss.backward()
+#      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #
 #    But prompts are not equally long, two models often end a response differently, and
-#    logits are huge: V numbers for each position. So the models return hidden states.
-#    A micro-batch is as many responses as run through a model's layers at once; a chunk
-#    is as many positions as have logits at once.
+#    logits are huge: V numbers for each position. So a model's layers run first, on a
+#    micro-batch of responses at a time. They give hidden states, which are small. From
+#    these, logits are made for a chunk of positions at a time, used and forgotten.
 # ======================================================================================
 
 
@@ -282,6 +283,34 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
 def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
     """True up to and including the first token that ends the response.
 
@@ -293,9 +322,33 @@ def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
     return ends_before == 0
 
 
+def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
+    """One column for all tokens that end a response: that of the first in `end_ids`.
+
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up. With the
+    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
+    """
+    if len(end_ids) < 2:
+        return logits
+    known_ends = [end for end in end_ids if end < logits.shape[-1]]  # to this model
+    merged = logits.clone()
+    merged[:, known_ends] = -1e30  # probability 0; an infinity could make a nan
+    merged[:, end_ids[0]] = logits[:, known_ends].logsumexp(-1)
+    return merged
+
+
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt, from p itself: no filter."""
+    """The student samples a response to each prompt, from p itself: no filter.
+
+    ValueError for prompts that are not lists of token ids.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(f"a prompt must be a list of token ids, got {prompt!r}")
+
     longest = max(len(prompt) for prompt in prompts)
     padding_id = 0  # any will do, since attention is 0 there
     ids = []
@@ -307,10 +360,11 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
     attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
 
-    # Models predict more ids than there are tokens: Qwen2.5's small ones 151,936, the
-    # large ones 152,064. What the teacher cannot predict is not sampled, but for ends.
-    student_size = len(pair.student.get_output_embeddings().weight)
-    never = set(range(pair.vocab_size, student_size)) - set(pair.end_ids)
+    # The student may have more outputs than its teacher (Qwen2.5 models have 151,936 or
+    # 152,064, with one tokenizer). What the teacher cannot predict is never sampled,
+    # unless it ends a response.
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    forbidden = set(range(pair.vocab_size, student_outputs)) - set(pair.end_ids)
 
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -320,10 +374,9 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         max_new_tokens=max_new_tokens,
         eos_token_id=pair.end_ids or None,
         pad_token_id=padding_id,
-        suppress_tokens=sorted(never) or None,
+        suppress_tokens=sorted(forbidden) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
-    # model.generate() with these settings, and none of the checkpoint's own.
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, longest:]  # [B, R]
@@ -377,23 +430,6 @@ def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
     return torch.cat(parts)
 
 
-def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
-    """One column for all tokens that end a response: that of the first in `end_ids`.
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up. With the
-    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
-    """
-    if len(end_ids) < 2:
-        return logits
-    known_ends = [end for end in end_ids if end < logits.shape[-1]]  # to this model
-    merged = logits.clone()
-    merged[:, known_ends] = -1e30  # probability 0; an infinity could make a nan
-    merged[:, end_ids[0]] = logits[:, known_ends].logsumexp(-1)
-    return merged
-
-
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q everywhere: float32, at the pair's temperature."""
     with autocast():
@@ -408,21 +444,6 @@ LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 def chunk_size(pair):  # -> how many positions have logits at once
     return max(1, LOGITS_AT_ONCE // pair.vocab_size)
-
-
-@torch.no_grad()
-def logits_in_chunks(pair, batch, student_hidden, teacher_hidden):
-    """Yield the logits of both models, [n, V] each, chunk by chunk.
-
-    Together they are of the N valid positions of the batch, in the order in which
-    batch.mask selects: row by row.
-    """
-    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
-    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
-    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
-        student_logits = next_token_logits(pair, pair.student, student_chunk)
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        yield student_logits, teacher_logits
 
 
 def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
@@ -440,6 +461,31 @@ def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
 
 
 @torch.no_grad()
+def at_valid_positions(
+    pair, batch, student_hidden, teacher_hidden, function, *arguments
+):
+    """function(student_logits, teacher_logits, *arguments) at all N valid positions.
+
+    The function gets the logits of a chunk, [n, V] each, and returns {name: [n]}. They
+    are joined to {name: [N]}, in the order in which batch.mask selects: row by row.
+    """
+    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
+    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
+    found = defaultdict(list)
+    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
+        student_logits = next_token_logits(pair, pair.student, student_chunk)
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
+        measured = function(student_logits, teacher_logits, *arguments)
+        for name, values in measured.items():
+            found[name].append(values)
+
+    joined = {}
+    for name, parts in found.items():
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+@torch.no_grad()
 def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
     """`measure` at every valid position of the batch, without gradient; 0 elsewhere.
 
@@ -447,18 +493,13 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
     """
     student_hidden = all_hidden_states(pair.student, batch, micro_batch_size)
     teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch_size)
-
-    found = defaultdict(list)
-    all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-    for student_logits, teacher_logits in all_chunks:
-        measured = measure(student_logits, teacher_logits, k)
-        for name, values in measured.items():
-            found[name].append(values)
-
+    measured = at_valid_positions(
+        pair, batch, student_hidden, teacher_hidden, measure, k
+    )
     scores = {}
-    for name, chunks in found.items():
+    for name, values in measured.items():
         scores[name] = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        scores[name][batch.mask] = torch.cat(chunks).float()
+        scores[name][batch.mask] = values.float()  # in the same order
     return scores, teacher_hidden
 
 
@@ -470,13 +511,32 @@ def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
     return token_loss(kind, student_logits, teacher_logits, tokens).sum()
 
 
+def loss_in_chunks(pair, kind, student_hidden, teacher_hidden, tokens):
+    """The same sum, with the logits of one chunk at a time."""
+    size = chunk_size(pair)
+    total = 0.0
+    for chunk in zip(
+        student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
+    ):
+        # total = total + chunk_loss(pair, kind, *chunk), but for one thing: the logits
+        # are not kept for the gradient, but made again when it comes back.
+        total = total + checkpoint(
+            chunk_loss,
+            pair,
+            kind,
+            *chunk,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in it is random
+        )
+    return total
+
+
 def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
-    The student runs once more, now with a gradient; `select` keeps at least one
-    position of each response. Returns the mean loss, and the norm of its gradient
-    before that is clipped to norm 1: two floats. If either is not finite, no step is
-    taken: FloatingPointError.
+    `kind` is the loss, one of LOSSES. The student runs once more, now with a gradient.
+    Returns the mean loss, and the norm of its gradient before that is clipped to norm
+    1: two floats. If either is not finite, no step is taken: FloatingPointError.
     """
     # The sum of each micro-batch is divided by the count of the whole batch. With a
     # mean for each, a position would weigh more where few others were kept.
@@ -489,27 +549,9 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
         tokens = batch.responses[rows][kept]  # [n]
 
-        total = 0.0
-        for chunk in zip(
-            student_kept.split(chunk_size(pair)),
-            teacher_kept.split(chunk_size(pair)),
-            tokens.split(chunk_size(pair)),
-        ):
-            # checkpoint() calls chunk_loss(pair, kind, *chunk), forgets its logits, and
-            # makes them again when the gradient comes back: one chunk at a time.
-            total = total + checkpoint(
-                chunk_loss,
-                pair,
-                kind,
-                *chunk,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing in it is random
-            )
-
-        # From the logits to the kept hidden states, and from them through the student's
-        # layers. In the weights' .grad, the micro-batches add up.
+        total = loss_in_chunks(pair, kind, student_kept, teacher_kept, tokens)
         loss = total / number_kept
-        loss.backward()
+        loss.backward()  # in the weights' .grad, the micro-batches add up
         mean_loss += loss.item()
 
     norm = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
@@ -569,7 +611,8 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
         else:
-            ranks = check_ranks(rule(scores, batch.mask), batch.mask)
+            ranks = rule(scores, batch.mask)
+        check_ranks(ranks, batch.mask, args.select)
 
         keep = select(ranks, batch.mask, args.budget)
 
@@ -584,7 +627,7 @@ def train(pair, examples, args, out, resumed=None, rule=None):
                 args.micro_batch_size,
             )
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}") from None
+            raise FloatingPointError(f"step {step}: {error}") from error
 
         # What is known of the step: a line of the log, perhaps a row in the terminal.
         line = {"step": step, "loss": loss}
@@ -610,14 +653,17 @@ def train(pair, examples, args, out, resumed=None, rule=None):
             save(pair, out / f"step-{step + 1}", state)
 
 
-def check_ranks(ranks, mask):  # of a rule of your own: [B, R], [B, R] -> [B, R]
-    """ValueError unless there is a number for each valid position."""
-    if ranks.shape != mask.shape or ranks[mask].isnan().any():
+def check_ranks(ranks, mask, name):  # [B, R], [B, R]
+    """ValueError unless a rule of your own ranks all positions; a warning for ties."""
+    if ranks.shape != mask.shape:
         raise ValueError(
-            f"a selection rule must return a number for each position, {mask.shape}; "
-            f"yours returned {ranks.shape}, with {ranks.isnan().sum()} nan"
+            f"{name} must return a number for each position, {tuple(mask.shape)}; it "
+            f"returned {tuple(ranks.shape)}"
         )
-    return ranks
+    if name not in METHODS and ranks[mask].isnan().any():
+        raise ValueError(f"{name} must return numbers, and returned nan")
+    if name != "full" and (ranks[mask] == ranks[mask][0]).all():
+        warn(f"{name} ranks all positions alike, so the first ones are kept")
 
 
 def means_of(scores, batch):  # {name: [B, R]} -> {name: mean}
@@ -647,6 +693,17 @@ def log(path, line, in_terminal):  # {name: number}
             width = max(7, len(name))
             cells.append(f"{line[name]:{width}.4g}")
         show("  ".join(cells))
+
+
+def compare(student_logits, teacher_logits):  # [n, V] twice -> {name: [n]}
+    """What `evaluate` measures at n positions."""
+    same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    return {
+        "reverse_kl": reverse_kl(student_logits, teacher_logits),
+        "forward_kl": forward_kl(student_logits, teacher_logits),
+        "entropy": entropy(student_logits),
+        "agreement": same_first.float(),
+    }
 
 
 def evaluate(pair, examples, args):  # -> {name: mean}
@@ -679,17 +736,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
         truncated.append(batch.truncated.float())
         student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
         teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
-        all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits in all_chunks:
-            same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-            found = {
-                "reverse_kl": reverse_kl(student_logits, teacher_logits),
-                "forward_kl": forward_kl(student_logits, teacher_logits),
-                "entropy": entropy(student_logits),
-                "agreement": same_first.float(),
-            }
-            for name, values in found.items():
-                measured[name].append(values)
+        found = at_valid_positions(pair, batch, student_hidden, teacher_hidden, compare)
+        for name, values in found.items():
+            measured[name].append(values)
 
     means = {}
     if right:
@@ -706,34 +755,6 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 #    prompts, answers, files. Bad input raises ValueError, which the command line turns
 #    into one clear line.
 # ======================================================================================
-
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def generate(model, ids, attention, settings):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with autocast():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
 
 
 def show(text):
@@ -1447,7 +1468,7 @@ def main(args, rule=None):
     """Evaluate, train, save, evaluate. `rule`: a selection of your own, see `train`."""
     started = time.time()
     if rule is not None:
-        args.select = rule.__name__  # the name in summary.json
+        args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
     resumed = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
     if resumed is not None:
@@ -1457,11 +1478,10 @@ def main(args, rule=None):
     before = evaluate(pair, held_out, args)
     try:
         train(pair, training, args, out, resumed, rule)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, FloatingPointError) as stop:
         save(pair, out / "student")
-        raise KeyboardInterrupt(
-            f"interrupted; the student as it is now is in {out / 'student'}"
-        ) from None
+        text = str(stop) or "interrupted"
+        raise type(stop)(f"{text}; the student as it is now is in {out / 'student'}")
     save(pair, out / "student")
     after = evaluate(pair, held_out, args)
 

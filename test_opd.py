@@ -430,15 +430,14 @@ def recorded_rollouts(monkeypatch):
     return calls
 
 
-def chunks_of(pair, batch):  # in micro-batches of two
+def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
+    def both(student_logits, teacher_logits):
+        return {"student": student_logits, "teacher": teacher_logits}
+
     student_hidden = opd.all_hidden_states(pair.student, batch, 2)
     teacher_hidden = opd.all_hidden_states(pair.teacher, batch, 2)
-    return list(opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden))
-
-
-def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
-    student, teacher = zip(*chunks_of(pair, batch))
-    return torch.cat(student), torch.cat(teacher)
+    found = opd.at_valid_positions(pair, batch, student_hidden, teacher_hidden, both)
+    return found["student"], found["teacher"]
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
@@ -1284,7 +1283,6 @@ def test_chunked_projection_and_left_padding_give_the_models_own_logits(
     assert torch.allclose(student, torch.cat([p for p, _, _ in own]), atol=1e-4)
     assert torch.allclose(teacher, torch.cat([q for _, q, _ in own]), atol=1e-4)
     assert batch.responses[batch.mask].tolist() == sum([y for _, _, y in own], [])
-    assert max(len(logits) for logits, _ in chunks_of(pair, batch)) == 3
 
 
 def test_a_hidden_state_stands_at_the_place_of_the_token_that_it_predicts(store):
@@ -1868,16 +1866,31 @@ def test_whatever_measure_returns_appears_in_the_log_under_its_name(run, monkeyp
 
 
 @pytest.mark.parametrize("wrong", ["nan", "shape"])
-def test_a_rule_that_gives_no_number_for_a_position_gets_one_line(run, capsys, wrong):
-    def rule(scores, mask):
+def test_a_rule_that_gives_no_number_for_a_position_is_refused(run, wrong):
+    def my_rule(scores, mask):
         if wrong == "nan":
             return scores["entropy"] / 0 * 0
         return scores["entropy"][:, 1:]
 
-    with one_line(capsys, "a selection rule must return a number for each position"):
-        with pytest.raises(ValueError) as error:
-            run("out", rule=rule)
-        opd.fail(str(error.value))
+    with pytest.raises(ValueError, match="^my_rule (must|ranks).* returned"):
+        run("out", rule=my_rule)
+
+
+def test_ranks_that_are_all_alike_get_a_warning(run, capsys):
+    def my_rule(scores, mask):
+        return torch.ones_like(scores["entropy"])
+
+    run("out", "--steps", 1, rule=my_rule)
+    says = "warning: my_rule ranks all positions alike, so the first ones are kept"
+    assert says in capsys.readouterr().err
+    run("full", "--steps", 1, "--select", "full")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["text", torch.tensor([5, 6]), [], ["w5"]])
+def test_a_prompt_that_is_no_list_of_token_ids_is_refused(store, prompt):
+    with pytest.raises(ValueError, match="must be a list of token ids"):
+        opd.rollout(load(store), [[5, 6], prompt], 4)
 
 
 def test_a_rule_of_your_own_ranks_the_positions_and_is_named_in_the_summary(
@@ -2248,9 +2261,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(
     run, tmp_path, capsys
 ):
     more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
-    with one_line(capsys, r"step \d+: loss.*--lr", status=1):
+    with one_line(capsys, r"step \d+: loss.*--lr.*student", status=1):
         opd.run(run, "out", *more)
     assert weights_of(tmp_path / "out" / "step-1")
+
+    # The student as it was before that step: that of the last save.
+    last = max(tmp_path.glob("out/step-*"), key=lambda path: int(path.name[5:]))
+    student = load_weights(tmp_path / "out" / "student")
+    assert torch.equal(student, load_weights(last))
 
 
 def test_a_second_run_never_touches_the_first(
@@ -4682,7 +4700,7 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
 
 
 def test_the_three_tokens_of_the_readme_are_right(capsys):
-    block = re.search(r"```python\n([^`]*?wanted = [^`]*?)```", README)[1]
+    block = re.search(r"```python\n([^`]*?requires_grad_[^`]*?)```", README)[1]
     exec(block, {})
     printed = []
     for line in capsys.readouterr().out.splitlines():
@@ -4690,28 +4708,34 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
 
     # The same by hand, at K = 2: the student considers the first two tokens.
     p = [0.70, 0.28, 0.019, 0.001]
-    expected = []
-    for q in (p, [0.15, 0.83, 0.019, 0.001], [0.15, 0.01, 0.01, 0.83]):
-        _, D, C = plain_scores(p, q, 2)
-        wanted = q.index(max(q))
-        gradient = p[wanted] * (math.log(p[wanted] / q[wanted]) - kl(p, q))
-        expected.append([D, C, gradient, kl(p, q)])
-    assert [row[0] for row in printed] == pytest.approx(
-        [D for D, *_ in expected], abs=6e-4
-    )
-    d = normalized([D for D, *_ in expected], [D for D, *_ in expected])
-    c = normalized([C for _, C, *_ in expected], [C for _, C, *_ in expected])
-    for row, (D, C, gradient, _), d, c in zip(printed, expected, d, c):
-        assert row == pytest.approx([D, C, d, c, d * c, gradient], abs=6e-4)
+    all_q = [p, [0.15, 0.83, 0.019, 0.001], [0.15, 0.01, 0.01, 0.83]]
+    D = []
+    C = []
+    for row, q in zip(printed, all_q):
+        scores = plain_scores(p, q, 2)
+        D.append(scores[1])
+        C.append(scores[2])
+        gradient = []
+        for x, y in zip(p, q):
+            gradient.append(x * (math.log(x / y) - kl(p, q)))
+        assert row[:2] == pytest.approx(scores[1:], abs=6e-3)
+        assert row[2:] == pytest.approx(gradient, abs=6e-4)
 
-    # The table below the block has what it prints; the text has the losses.
+    # The table below the block has what it prints; the text has what is rescaled.
     rows = re.findall(r"^\| (?:agrees|wants)[^|]*\|(.*)\|$", README, re.M)
     assert len(rows) == 3
     for row, numbers in zip(rows, printed):
-        cells = [float(cell.replace("*", "")) for cell in row.split("|")]
-        assert cells == numbers
-    for *_, loss in expected[1:]:
-        assert f"{loss:.2f}".lstrip("0") in README
+        cells = re.split(r"[|,]", row.replace("*", ""))
+        assert [float(cell) for cell in cells] == numbers
+    d = normalized(D, D)
+    c = normalized(C, C)
+    assert d == pytest.approx([0, 0.13, 1], abs=6e-3)
+    assert c == pytest.approx([1, 1, 0])
+    assert (
+        "$D$ to 0, .13, 1 and $C$ to 1, 1, 0. Then\nthe product is 0, **.13**" in README
+    )
+    assert [f"{D[i] * C[i]:.2f}" for i in (1, 2)] == ["0.67", "0.86"]
+    assert "The product $D\\,C$, .67 against .86," in README
 
 
 def commands_of_the_readme():  # -> [(program, its flags)], with variables replaced
