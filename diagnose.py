@@ -4,10 +4,10 @@ opd.py trains on tokens that it expects to teach much. Whether they do can be se
 looking at the same tokens twice, before training and after it:
 
   1. freeze     the student before training writes responses: the contexts
-  2. measure    at each of their positions, compare both models' next-token predictions
+  2. measure    both models' next-token predictions at each of their positions
   3. opd.train  trains the student on all positions; or load_trained takes one that was
                 trained earlier (--after)
-  4. measure    once more: the same positions, the same teacher, the trained student
+  4. measure    the same positions once more, now with the trained student
   5. report     the gain of a position is how much nearer to the teacher the student
                 came there. Which of the earlier measurements foretell it?
 
@@ -58,13 +58,13 @@ def main(args):
         prompts.append(example["prompt"])
 
     batches = freeze(pair, prompts, args)
-    before = {**locate(batches), **measure(pair, batches, args)}
+    before = {**locate(batches), **measure_contexts(pair, batches, args)}
     if trained is None:
         opd.train(pair, training, args, out)
-        trained = pair  # from now on its student is another one
-    after = measure(trained, batches, args)
+        trained = pair  # its student was trained in place
+    after = measure_contexts(trained, batches, args)
 
-    summary = describe(len(held_out), before, after, args)
+    summary = what_was_measured(len(held_out), before, after, args)
     report(pair, prompts, before, after, summary, args, out)
 
 
@@ -87,7 +87,7 @@ def freeze(pair, prompts, args):  # -> [opd.Rollout]
 def locate(batches):  # -> {"token", "context", "position": [N]}
     """Which token stands at each position, in which context, and where: from 0 to 1.
 
-    Here and in `measure` the N positions come context by context, from left to right.
+    The N positions come context by context, left to right, as in `measure_contexts`.
     """
     token_of = []
     context_of = []
@@ -139,7 +139,7 @@ def measure_chunk(student_logits, teacher_logits, ks):  # [n, V] twice -> {name:
     return measured
 
 
-def measure(pair, batches, args):  # -> {name: [N]}
+def measure_contexts(pair, batches, args):  # -> {name: [N]}
     """`measure_chunk` at all positions of the contexts."""
     found = defaultdict(list)
     for batch in tqdm(batches, "scoring contexts", disable=None):
@@ -369,7 +369,7 @@ def gain_of_kept(before, gains, k, budget, args):  # -> rows
         args.bootstrap,
         args.seed,
     )
-    return table_rows(found, opd.METHODS, gains)
+    return table_rows(found, opd.METHODS, list(gains))
 
 
 def kept_tokens(before, k, budget, seed, decode):  # -> rows
@@ -430,7 +430,7 @@ def explain(before, gains, k, args):  # -> rows
     found = bootstrap(
         slopes_and_gap, [X, Y], before["context"], args.bootstrap, args.seed
     )
-    rows = table_rows(found, gains, ("learnable", "incompatible", "gap"))
+    rows = table_rows(found, list(gains), ("learnable", "incompatible", "gap"))
 
     split = r2(X, Y)
     unsplit = r2(design(features, UNSPLIT), Y)
@@ -441,11 +441,7 @@ def explain(before, gains, k, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D: the paper's quadrant Q3.
-
-    The paper calls it Q3, as both quantities are halved at their medians, which makes
-    four quadrants.
-    """
+    """Low entropy and high D, halved at their medians: what the paper calls Q3."""
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
@@ -469,7 +465,7 @@ def compare_thirds(before, gains, k, args):  # -> rows
         args.seed,
     )
     labels = ("least compatible", "middle", "most compatible", "most - least")
-    return table_rows(found, labels, gains)
+    return table_rows(found, labels, list(gains))
 
 
 def compare_quarters(before, gains, k, part, args):  # -> rows
@@ -483,7 +479,8 @@ def compare_quarters(before, gains, k, part, args):  # -> rows
         args.bootstrap,
         args.seed,
     )
-    return table_rows(found, ("lowest quarter", "second", "third", "highest"), gains)
+    labels = ("lowest quarter", "second", "third", "highest")
+    return table_rows(found, labels, list(gains))
 
 
 def leak(before, after, gains, k, args):  # -> rows
@@ -515,7 +512,7 @@ def rank_correlations(before, gains, k, args):  # -> rows
     found = bootstrap(
         correlations, [X, Y], before["context"], args.bootstrap, args.seed
     )
-    return table_rows(found, names, gains)
+    return table_rows(found, names, list(gains))
 
 
 # ======================================================================================
@@ -610,12 +607,14 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     return tables
 
 
-def describe(held_out, before, after, args):  # -> a sentence on what was measured
+def what_was_measured(
+    held_out, before, after, args
+):  # -> a sentence on what was measured
     positions = len(before["forward_kl"])
     text = f"{args.contexts} contexts, {positions} positions. "
     text += f"{held_out} held-out prompts"
     if held_out < args.contexts:
-        text += ", some repeated"
+        text += ", some repeated (which the intervals ignore)"
     if args.after:
         text += f"; the trained student is {args.after}"
     if np.array_equal(before["forward_kl"], after["forward_kl"]):
@@ -719,7 +718,7 @@ def parse_args(argv=None):
     add(
         "--contexts",
         type=number_of_contexts,
-        default=300,
+        default=192,
         help="responses to freeze and measure",
     )
     add("--after", help="a trained version of --student (default: train one now)")

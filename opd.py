@@ -157,7 +157,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 
     `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
     that the method needs. "random" draws from `generator`, on the CPU. "full" orders
-    nothing, and goes with a budget of 1. ValueError for an unknown method.
+    nothing: `train` gives it a budget of 1. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -183,7 +183,8 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "incompatible":
         return incompatible
 
-    # A soft OR: h + d - h * d. Written like this, rounding makes no order among ties.
+    # A soft OR: h + d - h * d. Written like this it is exactly 1 where h is 1, so that
+    # such positions tie, and rounding does not order them.
     h = robust_normalize(scores["entropy"], mask)
     if method == "tip":
         return 1 - (1 - h) * (1 - d)
@@ -255,6 +256,9 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 #      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #
+#    (Below, the student reads its responses twice: to score them all, without gradient,
+#    and to train on those that are kept. So no gradient is prepared for the others.)
+#
 #    But prompts are not equally long, two models often end a response differently, and
 #    logits are huge: V numbers for each position. So a model's layers run first, on a
 #    micro-batch of responses at a time. They give hidden states, which are small. From
@@ -268,7 +272,7 @@ class Pair(NamedTuple):
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # the token ids that end a response for either model
+    end_ids: list  # of all tokens that end a response; both models know the first
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
@@ -283,6 +287,7 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
     including_emulation=False
 )
@@ -323,7 +328,7 @@ def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
 
 
 def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
-    """One column for all tokens that end a response: that of the first in `end_ids`.
+    """One column for all tokens that end a response: that of end_ids[0].
 
     The end of a response is one event. Often the student ends with another token than
     its teacher. Scored as two tokens, that is a huge disagreement, and the student is
@@ -332,10 +337,10 @@ def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
     """
     if len(end_ids) < 2:
         return logits
-    known_ends = [end for end in end_ids if end < logits.shape[-1]]  # to this model
+    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
     merged = logits.clone()
-    merged[:, known_ends] = -1e30  # probability 0; an infinity could make a nan
-    merged[:, end_ids[0]] = logits[:, known_ends].logsumexp(-1)
+    merged[:, own_ends] = -1e30  # probability 0; an infinity could make a nan
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
     return merged
 
 
@@ -383,7 +388,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
     mask = response_mask(responses, pair.end_ids)
 
-    # Whichever token ends a response, it is counted as the first of `end_ids`.
+    # Whichever token ends a response, it is counted as end_ids[0].
     if pair.end_ids:
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
@@ -401,7 +406,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
 
     `rows` are the responses that run through the model; by default, all of the batch.
     """
-    model.eval()  # and never train(): with dropout, scores and update would see other p
+    model.eval()  # no dropout: scores and update must see one p. Gradients still flow
     attention = batch.attention[rows]
     # Positions count from 0 at a prompt's first token, not at the padding before it.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
@@ -435,8 +440,8 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     with autocast():
         logits = model.get_output_embeddings()(hidden)
     logits = logits.float() / pair.temperature
-    merged = merge_ends(logits, pair.end_ids)
-    return merged[:, : pair.vocab_size]  # what both models predict
+    merged = merge_ends(logits, pair.end_ids)  # first, as an end may lie beyond V
+    return merged[:, : pair.vocab_size]
 
 
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
@@ -614,7 +619,8 @@ def train(pair, examples, args, out, resumed=None, rule=None):
             ranks = rule(scores, batch.mask)
         check_ranks(ranks, batch.mask, args.select)
 
-        keep = select(ranks, batch.mask, args.budget)
+        budget = 1 if args.select == "full" else args.budget
+        keep = select(ranks, batch.mask, budget)
 
         try:
             loss, norm = update(
@@ -860,7 +866,7 @@ def check_logits(model):
             )
 
 
-def load_pair(student_path, teacher_path, temperature=1.0, device="cpu"):  # -> Pair
+def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # -> Pair
     """Load both models and check that they can be compared token by token.
 
     ValueError for models that cannot be used, or that do not share a vocabulary.
@@ -1386,7 +1392,7 @@ def parse_args(argv=None, parser=None):
     group = parser.add_argument_group("the method")
     add = group.add_argument
     add("--select", choices=METHODS, default="teachability", help="what is kept")
-    add("--budget", type=float, default=0.1, help="share that is kept, in (0, 1]")
+    add("--budget", type=float, help="share that is kept, in (0, 1] (0.1; full: 1)")
     add("--top-k", type=int, default=16, help="K of D and C, in tokens")
     add("--loss", choices=LOSSES, default="reverse_kl", help="at a kept position")
     add("--temperature", type=float, default=1.0, help="of samples, scores and loss")
@@ -1400,7 +1406,7 @@ def parse_args(argv=None, parser=None):
     add("--lr", type=float, default=1e-6, help="after 10 warm-up steps (demo: 3e-4)")
     add("--eval-prompts", type=int, default=64, help="last ones, held out (demo: 192)")
     add("--seed", type=int, default=0, help="of prompt order and sampling")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE)
 
     group = parser.add_argument_group("files")
     add = group.add_argument
@@ -1415,8 +1421,10 @@ def parse_args(argv=None, parser=None):
         args = parser.parse_args(argv)
     elif not all(given):
         fail("--student, --teacher and --prompts go together; with none, the demo runs")
-    if args.select == "full":
-        args.budget = 1.0
+    if args.budget is None:
+        args.budget = 1.0 if args.select == "full" else 0.1
+    if args.select == "full" and args.budget != 1:
+        fail(f"--budget {args.budget}: --select full keeps all; choose another rule")
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     check_numbers(vars(args))
@@ -1469,6 +1477,8 @@ def main(args, rule=None):
     started = time.time()
     if rule is not None:
         args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
+        if args.select in METHODS:
+            raise ValueError(f"there is a rule {args.select} already: rename yours")
     resumed = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
     if resumed is not None:

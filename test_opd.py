@@ -107,19 +107,19 @@ def plain_scores(p, q, k):  # two distributions -> H, D, C of one position
 
 
 def test_of_three_tokens_the_one_that_can_be_learned_is_kept():
-    # A response of three tokens, in a vocabulary of four, at K = 2. The student expects
-    # p, its teacher q. First they agree. Then the teacher wants the student's second
-    # choice, which can be learned. Then it wants one that the student never considers.
-    p = [[0.7, 0.2, 0.05, 0.05], [0.6, 0.3, 0.05, 0.05], [0.6, 0.3, 0.05, 0.05]]
-    q = [[0.7, 0.2, 0.05, 0.05], [0.1, 0.8, 0.05, 0.05], [0.1, 0.05, 0.8, 0.05]]
+    # Three positions, in a vocabulary of four, at K = 2. The student expects p, its
+    # teacher q. First they agree. Then the teacher wants the student's second choice,
+    # which can be learned. Then it wants a token that the student does not consider.
+    p = [[0.70, 0.28, 0.01, 0.01], [0.70, 0.28, 0.01, 0.01], [0.9985, 9e-4, 5e-4, 1e-4]]
+    q = [[0.70, 0.28, 0.01, 0.01], [0.15, 0.83, 0.01, 0.01], [0.29, 0.005, 0.005, 0.7]]
     scores = [plain_scores(p[t], q[t], 2) for t in range(3)]
     H, D, C = [list(column) for column in zip(*scores)]
-    assert D == pytest.approx([0, 0.673, 2.052], abs=1e-3)  # alone it picks the third
-    assert C == pytest.approx([0.9, 0.9, 0.15])
+    assert D == pytest.approx([0, 0.685, 5.88], abs=1e-2)  # alone it picks the third
+    assert C == pytest.approx([0.98, 0.98, 0.295])
 
     d = normalized(D, D)  # the 5 % quantile becomes 0, the 95 % quantile 1
     c = normalized(C, C)
-    assert d == pytest.approx([0, 0.328, 1], abs=1e-3)
+    assert d == pytest.approx([0, 0.116, 1], abs=1e-3)
     assert c == pytest.approx([1, 1, 0])
     ranks = [d[t] * c[t] for t in range(3)]
     assert keep_best(ranks, rows=[0, 0, 0], budget=1 / 3) == {1}
@@ -4112,7 +4112,9 @@ def test_pairs_with_two_end_ids_are_measured_as_if_these_were_one(store, tmp_pat
     more = ["--teacher", tmp_path / "teacher", "--after", tmp_path / "after"]
     more += ["--batch-size", 2]  # so that the twelve contexts are two batches
     report, positions, _ = diagnosis(store, tmp_path / "out", *more)
-    says = f"4 held-out prompts, some repeated; the trained student is {tmp_path}"
+    says = (
+        "4 held-out prompts, some repeated (which the intervals ignore); the trained "
+    )
     assert says in report["summary"]
 
     before = opd.load_pair(f"{store}/qwen3-student", tmp_path / "teacher")
@@ -4261,7 +4263,7 @@ def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
 
     args = parsed()
     assert args.select == "full"
-    assert args.contexts == args.eval_prompts == 300
+    assert args.contexts == args.eval_prompts == 192
     assert args.ks == [8, 16, 32]
     assert args.bootstrap == 1000
     assert parsed("--contexts", 5, "--eval-prompts", 6).eval_prompts == 6
@@ -4707,11 +4709,15 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
         printed.append([float(number) for number in line.split()])
 
     # The same by hand, at K = 2: the student considers the first two tokens.
-    p = [0.70, 0.28, 0.019, 0.001]
-    all_q = [p, [0.15, 0.83, 0.019, 0.001], [0.15, 0.01, 0.01, 0.83]]
+    unsure = [0.70, 0.28, 0.01, 0.01]
+    sure = [0.9985, 0.0009, 0.0005, 0.0001]
     D = []
     C = []
-    for row, q in zip(printed, all_q):
+    for row, p, q in (
+        (printed[0], unsure, unsure),
+        (printed[1], unsure, [0.15, 0.83, 0.01, 0.01]),
+        (printed[2], sure, [0.29, 0.005, 0.005, 0.70]),
+    ):
         scores = plain_scores(p, q, 2)
         D.append(scores[1])
         C.append(scores[2])
@@ -4727,15 +4733,38 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
     for row, numbers in zip(rows, printed):
         cells = re.split(r"[|,]", row.replace("*", ""))
         assert [float(cell) for cell in cells] == numbers
-    d = normalized(D, D)
-    c = normalized(C, C)
-    assert d == pytest.approx([0, 0.13, 1], abs=6e-3)
-    assert c == pytest.approx([1, 1, 0])
-    assert (
-        "$D$ to 0, .13, 1 and $C$ to 1, 1, 0. Then\nthe product is 0, **.13**" in README
-    )
-    assert [f"{D[i] * C[i]:.2f}" for i in (1, 2)] == ["0.67", "0.86"]
-    assert "The product $D\\,C$, .67 against .86," in README
+    assert normalized(D, D) == pytest.approx([0, 0.12, 1], abs=6e-3)
+    assert normalized(C, C) == pytest.approx([1, 1, 0])
+    assert "$D$ to 0, .12, 1 and $C$ to 1, 1, 0" in README
+    assert [f"{D[i] * C[i]:.2f}" for i in (1, 2)] == ["0.67", "1.74"]
+    assert "$D\\,C$ is .67 and 1.74" in README
+
+
+@pytest.mark.parametrize("how", ["flag", "attribute"])
+def test_full_keeps_all_however_it_is_asked_for(store, tmp_path, how):
+    args = opd.parse_args(flags(store, tmp_path / "out", "--steps", 1))
+    if how == "flag":
+        args = opd.parse_args(
+            flags(store, tmp_path / "out", "--steps", 1, "--select", "full")
+        )
+        assert args.budget == 1
+    args.select = "full"
+    opd.main(args)
+    line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+    assert line["kept"] == line["valid"]
+
+
+def test_full_with_a_smaller_budget_is_refused(store, capsys):
+    with one_line(capsys, "--budget 0.5: --select full keeps all"):
+        opd.parse_args(flags(store, "out", "--select", "full", "--budget", 0.5))
+
+
+def test_a_rule_with_the_name_of_another_is_refused(run):
+    def entropy(scores, mask):
+        return scores["entropy"]
+
+    with pytest.raises(ValueError, match="there is a rule entropy already"):
+        run("out", rule=entropy)
 
 
 def commands_of_the_readme():  # -> [(program, its flags)], with variables replaced
