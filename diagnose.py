@@ -149,11 +149,11 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
         teacher_hidden = opd.all_hidden_states(
             pair.teacher, batch, args.micro_batch_size
         )
-        measured = opd.at_valid_positions(
-            pair, batch, student_hidden, teacher_hidden, measure_chunk, args.ks
-        )
-        for name, values in measured.items():
-            found[name].append(values.cpu().numpy())
+        all_chunks = opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
+        for student_logits, teacher_logits in all_chunks:
+            measured = measure_chunk(student_logits, teacher_logits, args.ks)
+            for name, values in measured.items():
+                found[name].append(values.cpu().numpy())
 
     joined = {}
     for name, parts in found.items():
@@ -425,7 +425,7 @@ def explain(before, gains, k, args):  # -> rows
     """Which part of the disagreement goes with the gain, learnable or incompatible?"""
     gains = with_relative(gains, before)
     features = make_features(before, k)
-    X = design(features, REGRESSORS)
+    X = design(features, REGRESSORS)  # made once, from the sample, not in each draw
     Y = np.column_stack([zscore(gain) for gain in gains.values()])
     found = bootstrap(
         slopes_and_gap, [X, Y], before["context"], args.bootstrap, args.seed
@@ -448,7 +448,7 @@ def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
 
 
 def thirds_and_contrast(gains, thirds):  # [n, F], [n, 3] bool -> [4, F]
-    """Mean gain of each third, and that of the last less that of the first."""
+    """Mean gain of each third, then last minus first."""
     means = group_means(gains, thirds)
     return np.vstack([means, means[2] - means[0]])
 
@@ -469,7 +469,7 @@ def compare_thirds(before, gains, k, args):  # -> rows
 
 
 def compare_quarters(before, gains, k, part, args):  # -> rows
-    """Of the same: does it rise with one part of D, "learnable" or "incompatible"?"""
+    """Of the sure yet in disagreement: does it rise with one part of D?"""
     features = make_features(before, k)
     quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
     found = bootstrap(
@@ -493,11 +493,11 @@ def leak(before, after, gains, k, args):  # -> rows
 
     rows = {}
     for c_is_of, scores in (("before", before), ("after", leaky)):
-        gap = explain(scores, gains, k, args)
+        explained = explain(scores, gains, k, args)
         thirds = compare_thirds(scores, with_relative(gains, before), k, args)
-        for name in gap:
+        for name in explained:
             rows[f"C {c_is_of}, {name}"] = {
-                "gap": gap[name]["gap"],
+                "gap": explained[name]["gap"],
                 "most - least": thirds["most - least"][name],
             }
     return rows
@@ -543,7 +543,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     )
     add(
         f"What explains the gain? K={k}",
-        "Slopes: by how many standard deviations the gain rises with one more of each "
+        "Slopes: by how many standard deviations the gain rises with one more of a "
         "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
         "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: "
         "the share of the gain that is explained, with D in two parts and unsplit.",

@@ -256,13 +256,12 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 #      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #
-#    (Below, the student reads its responses twice: to score them all, without gradient,
-#    and to train on those that are kept. So no gradient is prepared for the others.)
-#
 #    But prompts are not equally long, two models often end a response differently, and
 #    logits are huge: V numbers for each position. So a model's layers run first, on a
 #    micro-batch of responses at a time. They give hidden states, which are small. From
-#    these, logits are made for a chunk of positions at a time, used and forgotten.
+#    these, logits are made for a chunk of positions at a time, used and forgotten. The
+#    student reads its responses twice: once to score all positions, without gradient;
+#    once more to train, with logits at the kept positions alone.
 # ======================================================================================
 
 
@@ -451,6 +450,21 @@ def chunk_size(pair):  # -> how many positions have logits at once
     return max(1, LOGITS_AT_ONCE // pair.vocab_size)
 
 
+@torch.no_grad()
+def logits_in_chunks(pair, batch, student_hidden, teacher_hidden):
+    """Yield the logits of both models, [n, V] each, chunk by chunk.
+
+    The chunks together are the N valid positions of the batch, in the order in which
+    batch.mask selects: row by row.
+    """
+    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
+    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
+    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
+        student_logits = next_token_logits(pair, pair.student, student_chunk)
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
+        yield student_logits, teacher_logits
+
+
 def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
     """What is measured at n positions. Add to it what your selection rule needs.
 
@@ -466,31 +480,6 @@ def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
 
 
 @torch.no_grad()
-def at_valid_positions(
-    pair, batch, student_hidden, teacher_hidden, function, *arguments
-):
-    """function(student_logits, teacher_logits, *arguments) at all N valid positions.
-
-    The function gets the logits of a chunk, [n, V] each, and returns {name: [n]}. They
-    are joined to {name: [N]}, in the order in which batch.mask selects: row by row.
-    """
-    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
-    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
-    found = defaultdict(list)
-    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
-        student_logits = next_token_logits(pair, pair.student, student_chunk)
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        measured = function(student_logits, teacher_logits, *arguments)
-        for name, values in measured.items():
-            found[name].append(values)
-
-    joined = {}
-    for name, parts in found.items():
-        joined[name] = torch.cat(parts)
-    return joined
-
-
-@torch.no_grad()
 def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
     """`measure` at every valid position of the batch, without gradient; 0 elsewhere.
 
@@ -498,13 +487,18 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
     """
     student_hidden = all_hidden_states(pair.student, batch, micro_batch_size)
     teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch_size)
-    measured = at_valid_positions(
-        pair, batch, student_hidden, teacher_hidden, measure, k
-    )
+
+    found = defaultdict(list)
+    all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
+    for student_logits, teacher_logits in all_chunks:
+        measured = measure(student_logits, teacher_logits, k)
+        for name, values in measured.items():
+            found[name].append(values)
+
     scores = {}
-    for name, values in measured.items():
+    for name, chunks in found.items():
         scores[name] = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        scores[name][batch.mask] = values.float()  # in the same order
+        scores[name][batch.mask] = torch.cat(chunks).float()  # in the same order
     return scores, teacher_hidden
 
 
@@ -590,6 +584,9 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         first_step = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
 
+    method = getattr(rule, "__name__", args.select)  # as None has no name
+    budget = 1 if method == "full" else args.budget
+
     # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -617,9 +614,8 @@ def train(pair, examples, args, out, resumed=None, rule=None):
             ranks = rank(args.select, scores, batch.mask, generator)
         else:
             ranks = rule(scores, batch.mask)
-        check_ranks(ranks, batch.mask, args.select)
+        check_ranks(ranks, batch.mask, method)
 
-        budget = 1 if args.select == "full" else args.budget
         keep = select(ranks, batch.mask, budget)
 
         try:
@@ -635,19 +631,18 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
 
-        # What is known of the step: a line of the log, perhaps a row in the terminal.
-        line = {"step": step, "loss": loss}
-        line.update(means_of(scores, batch))
-        line["seconds"] = time.time() - started
-        line["rollout_seconds"] = rollout_seconds
-        line["kept"] = keep.sum().item()
-        line["valid"] = batch.mask.sum().item()
-        line["gradient_norm"] = norm
-        line["lr"] = optimizer.param_groups[0]["lr"]
-
-        is_last = step + 1 == args.steps
-        is_tenth = step % max(1, args.steps // 10) == 0
-        log(out / "log.jsonl", line, in_terminal=is_tenth or is_last)
+        line = {
+            "step": step,
+            "loss": loss,
+            **means_of(scores, batch),
+            "seconds": time.time() - started,
+            "rollout_seconds": rollout_seconds,
+            "kept": keep.sum().item(),
+            "valid": batch.mask.sum().item(),
+            "gradient_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        log(out / "log.jsonl", line, args.steps)
         progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
 
         if args.save_every and (step + 1) % args.save_every == 0:
@@ -685,31 +680,22 @@ def means_of(scores, batch):  # {name: [B, R]} -> {name: mean}
 NOT_IN_TERMINAL = ("rollout_seconds", "kept", "valid", "gradient_norm", "lr")
 
 
-def log(path, line, in_terminal):  # {name: number}
-    """Append a line to the log; if `in_terminal`, print it as a row, too."""
+def log(path, line, steps):  # {name: number}
+    """Append a line to the log. About ten of all steps are printed as a row, too."""
     columns = [name for name in line if name not in NOT_IN_TERMINAL]
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:
             show("  ".join(f"{name:>7}" for name in columns))
         file.write(json.dumps(line) + "\n")
 
-    if in_terminal:
+    is_last = line["step"] + 1 == steps
+    is_tenth = line["step"] % max(1, steps // 10) == 0
+    if is_last or is_tenth:
         cells = []
         for name in columns:
             width = max(7, len(name))
             cells.append(f"{line[name]:{width}.4g}")
         show("  ".join(cells))
-
-
-def compare(student_logits, teacher_logits):  # [n, V] twice -> {name: [n]}
-    """What `evaluate` measures at n positions."""
-    same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-    return {
-        "reverse_kl": reverse_kl(student_logits, teacher_logits),
-        "forward_kl": forward_kl(student_logits, teacher_logits),
-        "entropy": entropy(student_logits),
-        "agreement": same_first.float(),
-    }
 
 
 def evaluate(pair, examples, args):  # -> {name: mean}
@@ -742,9 +728,17 @@ def evaluate(pair, examples, args):  # -> {name: mean}
         truncated.append(batch.truncated.float())
         student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
         teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
-        found = at_valid_positions(pair, batch, student_hidden, teacher_hidden, compare)
-        for name, values in found.items():
-            measured[name].append(values)
+        all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
+        for student_logits, teacher_logits in all_chunks:
+            same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+            found = {
+                "reverse_kl": reverse_kl(student_logits, teacher_logits),
+                "forward_kl": forward_kl(student_logits, teacher_logits),
+                "entropy": entropy(student_logits),
+                "agreement": same_first.float(),
+            }
+            for name, values in found.items():
+                measured[name].append(values)
 
     means = {}
     if right:
