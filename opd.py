@@ -201,21 +201,22 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
-    valid = mask.flatten().nonzero().squeeze(-1)  # [N] places in the flattened batch
+    valid = mask.flatten().nonzero().squeeze(-1)  # [N] indices into the flat batch
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
     number = max(1, math.ceil(round(budget * len(valid), 6)))
-    best_first = ranks.flatten()[valid].sort(descending=True, stable=True).indices
-    kept = valid[best_first[:number]]
+    order = ranks.flatten()[valid].sort(descending=True, stable=True).indices
+    best_first = valid[order]  # [N] the same indices, ordered by rank
 
     keep = torch.zeros_like(mask).flatten()
-    keep[kept] = True
+    keep[best_first[:number]] = True
     keep = keep.view_as(mask)
 
-    # masked_fill: padding is never the best.
-    best_of_response = ranks.float().masked_fill(~mask, -math.inf).argmax(-1)  # [B]
-    left_out = mask.any(-1) & ~keep.any(-1)  # [B]
-    keep[left_out, best_of_response[left_out]] = True
+    # A response of which nothing was kept gets its best position.
+    for row in range(len(mask)):
+        if mask[row].any() and not keep[row].any():
+            best = ranks[row].float().masked_fill(~mask[row], -math.inf).argmax()
+            keep[row, best] = True
     return keep
 
 
