@@ -22,7 +22,7 @@ A gain is above 0 where the student came nearer. It is measured in several ways:
   overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1], the probability that both
               models agree on
   relative    the fall of forward_kl as a share of what it was, as in the paper's code
-              (in the regression alone)
+              (only where the paper's tables have it)
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. D is
 the divergence, C the compatibility, K the number of top tokens that these two look at.
@@ -552,8 +552,8 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     )
     add(
         f"Sure, yet in disagreement (the paper's Q3), K={k}",
-        "Mean gain of the positions whose entropy is below its median and whose D is "
-        "above, in three equal groups, from the lowest C to the highest. If the last "
+        "Mean gain of the positions with entropy at most, and D at least, its median, "
+        "in three equal groups, from the lowest C to the highest. If the last "
         "row is above 0, more is gained where the teacher's advice is more compatible.",
         compare_thirds(before, gains, k, args),
         printed=True,

@@ -19,7 +19,8 @@ One training step (the loop in `train`):
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. "Top K" always means the K likeliest tokens, on which D and C are measured;
-sampling is never filtered. Names and formulas are the paper's.
+sampling is never filtered. Names and formulas are the paper's, but for what the README
+lists at its end.
 
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
@@ -841,7 +842,8 @@ def check_logits(model):
     generated = generate(model, torch.cat([padding, prompt], -1), attention, settings)
     drawn = torch.cat(generated.logits).float()  # [R, output rows]
     ids = generated.sequences[:, padding.shape[1] :]
-    own = model(ids).logits[0, :-1].float()  # of all tokens but the first, unpadded
+    no_padding = torch.ones_like(ids)
+    own = model(ids, attention_mask=no_padding).logits[0, :-1].float()
 
     # The first ones stand next to the padding, where it does most harm.
     attention = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
