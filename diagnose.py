@@ -3,13 +3,13 @@
 opd.py trains on tokens that it expects to teach much. Whether they do can be seen by
 looking at the same tokens twice, before training and after it:
 
-  1. freeze     the student before training writes responses: the contexts
-  2. measure    both models' next-token predictions at each of their positions
-  3. opd.train  trains the student on all positions; or load_trained takes one that was
-                trained earlier (--after)
-  4. measure    the same positions once more, now with the trained student
-  5. report     the gain of a position is how much nearer to the teacher the student
-                came there. Which of the earlier measurements foretell it?
+  1. freeze            the student before training writes responses: the contexts
+  2. measure_contexts  both models' next-token predictions at each of their positions
+  3. opd.train         on all positions; or load_trained takes a student that was
+                       trained earlier (--after)
+  4. measure_contexts  the same positions once more, now with the trained student
+  5. report            the gain of a position is how much nearer to the teacher the
+                       student came there. What was known before that foretells it?
 
 `python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` spares
 the training: OUT is a run of `opd.py --select full`. The main tables are printed, and a

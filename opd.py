@@ -25,7 +25,7 @@ lists at its end.
 Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
 E hidden units, N valid positions of a batch (not padding), n some of them.
 
-The method is in parts 1 to 3. Parts 4 to 6 can wait: precision, models and files, the
+The method is in parts 1 to 3. Parts 4 to 6 can wait: models, prompts and files, the
 demo's world, the command line.
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -586,8 +586,11 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         first_step = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
 
-    method = getattr(rule, "__name__", args.select)  # as None has no name
+    method = args.select
     budget = 1 if method == "full" else args.budget
+    if rule is not None:
+        method = getattr(rule, "__name__", "rule")
+        budget = args.budget
 
     # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
@@ -753,9 +756,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. Here the method ends. What follows is to be looked up, not read: precision, models,
-#    prompts, answers, files. Bad input raises ValueError, which the command line turns
-#    into one clear line.
+# 4. Here the method ends. What follows is to be looked up, not read: models, prompts,
+#    answers, files. Bad input raises ValueError, which the command line turns into one
+#    clear line.
 # ======================================================================================
 
 

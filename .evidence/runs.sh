@@ -80,7 +80,7 @@ real_runs() {
 
 real_diagnoses() {  # the same contexts for all, as --seed is not given
   for seed in 0 1 2; do
-    diagnose $seed "$pair --prompts runs/real/contexts.jsonl --eval-prompts 300"
+    diagnose $seed "$pair --prompts runs/real/contexts.jsonl --eval-prompts 300 --contexts 300"
   done
 }
 
