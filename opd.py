@@ -317,13 +317,12 @@ def generate(model, ids, attention, settings):
         model.generation_config = own_config
 
 
-def response_mask(responses, end_ids):  # [B, R] token ids -> [B, R] bool
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     """True up to and including the first token that ends the response.
 
-    With 0 as the end, [5, 0, 7, 0] gives [True, True, False, False]. The end itself is
-    trained on, and padding is not, even if it has the same id.
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
     """
-    is_end = torch.isin(responses, torch.tensor(end_ids).to(responses))
     ends_before = is_end.cumsum(-1) - is_end.long()
     return ends_before == 0
 
@@ -386,18 +385,15 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, longest:]  # [B, R]
-    is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))
-    mask = response_mask(responses, pair.end_ids)
-
-    # Whichever token ends a response, it is counted as end_ids[0].
-    if pair.end_ids:
+    is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))  # [B, R]
+    if pair.end_ids:  # whichever token ends a response, it is counted as end_ids[0]
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :longest], responses], -1),
         # Also 1 after an end: the models are causal, so nothing valid looks there.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
-        mask=mask,
+        mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
 
@@ -420,9 +416,13 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
         )
     hidden = output.last_hidden_state  # [B, P + R, E]
 
-    # The state at one token predicts the next. So the R states that predict the
-    # response begin at the prompt's last token, and end one before the response's last.
-    length = batch.mask.shape[1]
+    # The state at one token predicts the next: with a prompt of two tokens x, and a
+    # response of three tokens y, these three states are wanted.
+    #
+    #   token   x1  x2  y1  y2  y3
+    #   state   s1  s2  s3  s4  s5      s2 predicts y1, s3 predicts y2, s4 predicts y3
+    #               ^^  ^^  ^^
+    length = batch.mask.shape[1]  # R
     return hidden[:, -length - 1 : -1]
 
 
@@ -505,31 +505,11 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from [n, E] hidden states of both models."""
+    """Sum of the losses at n positions: from [n, E] twice, and the [n] sampled tokens."""
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     with torch.no_grad():
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
     return token_loss(kind, student_logits, teacher_logits, tokens).sum()
-
-
-def loss_in_chunks(pair, kind, student_hidden, teacher_hidden, tokens):
-    """The same sum, with the logits of one chunk at a time."""
-    size = chunk_size(pair)
-    total = 0.0
-    for chunk in zip(
-        student_hidden.split(size), teacher_hidden.split(size), tokens.split(size)
-    ):
-        # total = total + chunk_loss(pair, kind, *chunk), but for one thing: the logits
-        # are not kept for the gradient, but made again when it comes back.
-        total = total + checkpoint(
-            chunk_loss,
-            pair,
-            kind,
-            *chunk,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in it is random
-        )
-    return total
 
 
 def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size):
@@ -539,9 +519,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
     Returns the mean loss, and the norm of its gradient before that is clipped to norm
     1: two floats. If either is not finite, no step is taken: FloatingPointError.
     """
-    # The sum of each micro-batch is divided by the count of the whole batch. With a
-    # mean for each, a position would weigh more where few others were kept.
-    number_kept = keep.sum()
+    number_kept = keep.sum()  # in the whole batch
+    size = chunk_size(pair)
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -550,7 +529,25 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
         tokens = batch.responses[rows][kept]  # [n]
 
-        total = loss_in_chunks(pair, kind, student_kept, teacher_kept, tokens)
+        total = 0.0
+        for student_chunk, teacher_chunk, token_chunk in zip(
+            student_kept.split(size), teacher_kept.split(size), tokens.split(size)
+        ):
+            # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits,
+            # and makes them again when the gradient needs them.
+            total = total + checkpoint(
+                chunk_loss,
+                pair,
+                kind,
+                student_chunk,
+                teacher_chunk,
+                token_chunk,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in it is random
+            )
+
+        # Divided by the count of the whole batch. With a mean for each micro-batch, a
+        # position would weigh more where few others were kept.
         loss = total / number_kept
         loss.backward()  # in the weights' .grad, the micro-batches add up
         mean_loss += loss.item()
@@ -586,22 +583,24 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         first_step = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
 
-    method = args.select
-    budget = 1 if method == "full" else args.budget
+    name = args.select
+    budget = args.budget
     if rule is not None:
-        method = getattr(rule, "__name__", "rule")
-        budget = args.budget
+        name = getattr(rule, "__name__", "rule")
+    elif name == "full":
+        budget = 1
 
-    # All randomness depends on seed and step alone: a resumed run goes on bit for bit.
+    # Each step has a seed of its own, so that a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
+    kind, size = args.loss, args.micro_batch_size
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
-        step_seed = args.seed * 1_000_003 + step  # another one for each run and step
-        torch.manual_seed(step_seed)
-        generator.manual_seed(step_seed)
+        step_seed = args.seed * 1_000_003 + step
+        torch.manual_seed(step_seed)  # for the rollout
+        generator.manual_seed(step_seed)  # for --select random
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # warm-up
 
         prompts = []
@@ -613,26 +612,18 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         batch = rollout(pair, prompts, args.max_new_tokens)
         rollout_seconds = time.time() - started
 
-        scores, teacher_hidden = score(pair, batch, args.top_k, args.micro_batch_size)
+        scores, teacher_hidden = score(pair, batch, args.top_k, size)
 
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
         else:
             ranks = rule(scores, batch.mask)
-        check_ranks(ranks, batch.mask, method)
+        check_ranks(ranks, batch.mask, name)
 
         keep = select(ranks, batch.mask, budget)
 
         try:
-            loss, norm = update(
-                pair,
-                optimizer,
-                batch,
-                teacher_hidden,
-                keep,
-                args.loss,
-                args.micro_batch_size,
-            )
+            loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
 

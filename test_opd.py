@@ -1182,7 +1182,7 @@ def test_each_pure_function_runs_alone_when_pasted():
         "compatibility": (s, t, 2),
         "robust_normalize": (s, mask),
         "select": (s, mask, 0.3),
-        "response_mask": (torch.tensor([[5, 0, 7]]), [0]),
+        "response_mask": (torch.tensor([[False, True, False]]),),
     }
     for name in arguments:
         # The imports, and no other function.
@@ -1215,8 +1215,9 @@ def test_response_mask_ends_with_the_first_of_several_ends_even_if_they_pad():
     responses = torch.tensor(
         [[5, 6, 2, 2, 2], [9, 5, 2, 5, 5], [5, 5, 5, 5, 5], [2, 5, 9, 5, 5]]
     )
-    assert opd.response_mask(responses, [2, 9]).sum(1).tolist() == [3, 1, 5, 1]
-    assert opd.response_mask(responses, []).all()
+    is_end = (responses == 2) | (responses == 9)
+    assert opd.response_mask(is_end).sum(1).tolist() == [3, 1, 5, 1]
+    assert opd.response_mask(responses == 7).all()
 
 
 # ======================================================================================
