@@ -298,11 +298,21 @@ def normalize(values):  # [N] -> [N] in [0, 1]
     return opd.robust_normalize(row, everywhere)[0].double().numpy()
 
 
+def with_one_k(measured, k):  # {name: [N]} -> {name: [N]}
+    """H, D and C under the names that opd.rank knows, of the several K that we have."""
+    return {
+        "entropy": measured["entropy"],
+        "divergence": measured[f"divergence, K={k}"],
+        "compatibility": measured[f"compatibility, K={k}"],
+    }
+
+
 def make_features(before, k):  # {name: [N]} -> {name: [N]}
     """What may explain the gain: measured quantities, rescaled to [0, 1], and more."""
-    h = normalize(before["entropy"])
-    d = normalize(before[f"divergence, K={k}"])
-    c = normalize(before[f"compatibility, K={k}"])
+    scores = with_one_k(before, k)
+    h = normalize(scores["entropy"])
+    d = normalize(scores["divergence"])
+    c = normalize(scores["compatibility"])
     return {
         "entropy": h,
         "D": d,
@@ -344,11 +354,9 @@ def kept_by(method, before, k, budget, seed):  # -> [N] bool
     Here all contexts stand in one row, as if they were one response. So opd.select adds
     no position for a response that has none, and the count is the same for all methods.
     """
-    scores = {
-        "entropy": torch.tensor(before["entropy"])[None],  # [1, N]
-        "divergence": torch.tensor(before[f"divergence, K={k}"])[None],
-        "compatibility": torch.tensor(before[f"compatibility, K={k}"])[None],
-    }
+    scores = {}
+    for name, values in with_one_k(before, k).items():
+        scores[name] = torch.tensor(values)[None]  # [1, N]
     mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)  # for "random"
     ranks = opd.rank(method, scores, mask, generator)
@@ -486,7 +494,10 @@ def compare_quarters(before, gains, k, part, args):  # -> rows
 def leak(before, after, gains, k, args):  # -> rows
     """Two of the figures above, with C of before training and, wrongly, of after it.
 
-    Everything else stays as before training.
+    Why wrongly? Say the teacher wants a token that the student does not consider: C is
+    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
+    the token stands in the trained student's top K. With C from there, 1, the position
+    counts as learnable: what spoke against the hypothesis now speaks for it.
     """
     leaky = before.copy()
     leaky[f"compatibility, K={k}"] = after[f"compatibility, K={k}"]
@@ -803,11 +814,9 @@ def token_span(text, learnable, incompatible, tip):  # text, [0, 1] twice, text 
 
 def tooltip(i, before, gains, k, decode):  # -> text about position i
     text = decode(before["token"][i].item())
-    numbers = [
-        f"entropy {before['entropy'][i]:.2f}",
-        f"D {before[f'divergence, K={k}'][i]:.2f}",
-        f"C {before[f'compatibility, K={k}'][i]:.2f}",
-    ]
+    numbers = []
+    for name, values in with_one_k(before, k).items():
+        numbers.append(f"{name} {values[i]:.2f}")
     for name, gain in gains.items():
         numbers.append(f"gain in {name} {gain[i]:+.3f}")
     lines = [f"{text!r}   {'   '.join(numbers)}"]
@@ -826,10 +835,11 @@ def token_map(prompts, before, after, k, decode):  # -> HTML
     for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
         spans = [f'<span class="faint">{visible(decode(prompt))}</span>']
         for i in np.flatnonzero(before["context"] == number):
+            # The root, so that weak colours can be seen beside strong ones.
             span = token_span(
                 decode(before["token"][i].item()),
-                features["learnable"][i],
-                features["incompatible"][i],
+                features["learnable"][i] ** 0.5,
+                features["incompatible"][i] ** 0.5,
                 tooltip(i, before, gains, k, decode),
             )
             spans.append(span)

@@ -505,7 +505,7 @@ def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions: from [n, E] twice, and the [n] sampled tokens."""
+    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     with torch.no_grad():
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
@@ -594,7 +594,7 @@ def train(pair, examples, args, out, resumed=None, rule=None):
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
-    kind, size = args.loss, args.micro_batch_size
+    size = args.micro_batch_size
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
@@ -623,7 +623,9 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         keep = select(ranks, batch.mask, budget)
 
         try:
-            loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
+            loss, norm = update(
+                pair, optimizer, batch, teacher_hidden, keep, args.loss, size
+            )
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
 

@@ -4342,7 +4342,7 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
         "teacher_choices": np.array([[0, 0], [2, 3]]),
     }
     gains = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
-    numbers = "entropy 1.25   D 2.25   C 0.50"
+    numbers = "entropy 1.25   divergence 2.25   compatibility 0.50"
     gained = "gain in overlap -0.500   gain in reverse_kl +0.125"
     assert diagnose.tooltip(1, before, gains, 4, decode_number).splitlines() == [
         f"'t8'   {numbers}   {gained}",
@@ -4365,7 +4365,7 @@ def test_the_map_has_both_colours_of_the_first_contexts():
     incompatible = plain.d * (1 - plain.c)
     for i, attributes in enumerate(spans):
         shares = re.findall(r":([\d.]+)", attributes["style"])
-        expected = [learnable[i], incompatible[i]]
+        expected = [learnable[i] ** 0.5, incompatible[i] ** 0.5]
         assert [float(share) for share in shares] == pytest.approx(expected, abs=0.006)
         assert attributes["data-tip"].startswith(f"'t{before['token'][i]}' ")
         assert f"gain in overlap {gains['overlap'][i]:+.3f}" in attributes["data-tip"]
