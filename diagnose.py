@@ -116,7 +116,7 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     return torch.minimum(p, q).sum(-1)
 
 
-def measure_chunk(student_logits, teacher_logits, ks):  # [n, V] twice -> {name: [n]}
+def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
     """All that is measured at n positions, in nats but for overlap and C.
 
     The five likeliest tokens of both models, [n, 5], are for the page.
@@ -142,18 +142,12 @@ def measure_chunk(student_logits, teacher_logits, ks):  # [n, V] twice -> {name:
 def measure_contexts(pair, batches, args):  # -> {name: [N]}
     """`measure_chunk` at all positions of the contexts."""
     found = defaultdict(list)
+    size = args.micro_batch_size
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        student_hidden = opd.all_hidden_states(
-            pair.student, batch, args.micro_batch_size
-        )
-        teacher_hidden = opd.all_hidden_states(
-            pair.teacher, batch, args.micro_batch_size
-        )
-        all_chunks = opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits in all_chunks:
-            measured = measure_chunk(student_logits, teacher_logits, args.ks)
-            for name, values in measured.items():
-                found[name].append(values.cpu().numpy())
+        teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+        scores = opd.score(pair, batch, teacher_hidden, args.ks, size, measure_chunk)
+        for name, values in scores.items():
+            found[name].append(values[batch.mask].cpu().numpy())
 
     joined = {}
     for name, parts in found.items():
@@ -165,14 +159,14 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
-    """Step 3 for a student trained earlier. ValueError if it does not fit --student."""
+    """Step 3 for a student trained earlier. InputError if it does not fit --student."""
     student, tokenizer, _ = opd.load_model(
         "--after", args.after, torch.float32, args.device
     )
     shapes = [weight.shape for weight in student.parameters()]
     expected = [weight.shape for weight in pair.student.parameters()]
     if shapes != expected or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        raise ValueError(
+        raise opd.InputError(
             f"--after {args.after} has another tokenizer or other shapes than --student"
         )
     return pair._replace(student=student)
@@ -331,9 +325,9 @@ def columns_of(gains):  # {measure: [N]} -> [N, measures]
 
 
 def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
-    """A row for each label. ValueError if a value is missing."""
+    """A row for each label. InputError if a value is missing."""
     if np.isnan(found["value"]).any():
-        raise ValueError(
+        raise opd.InputError(
             "there are too few positions for the report's groups; use more --contexts"
         )
     rows = {}
@@ -403,12 +397,12 @@ UNSPLIT = ("entropy", "D", "entropy * D", "position", "teacher_entropy")
 def design(features, names):  # -> X [N, 1 + names]
     """A column of ones, then the named features, z-scored so that slopes compare.
 
-    ValueError for a feature that is the same everywhere: it has no slope.
+    InputError for a feature that is the same everywhere: it has no slope.
     """
     columns = [np.ones(len(features["D"]))]
     for name in names:
         if np.ptp(features[name]) < 1e-12:
-            raise ValueError(
+            raise opd.InputError(
                 f"{name} is the same at all positions, so its share in the gain cannot "
                 "be found; use more contexts or longer responses"
             )

@@ -452,25 +452,11 @@ def chunk_size(pair):  # -> how many positions have logits at once
     return max(1, LOGITS_AT_ONCE // pair.vocab_size)
 
 
-@torch.no_grad()
-def logits_in_chunks(pair, batch, student_hidden, teacher_hidden):
-    """Yield the logits of both models, [n, V] each, chunk by chunk.
+def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+    """What is measured at n positions, from their logits [n, V] and sampled tokens [n].
 
-    The chunks together are the N valid positions of the batch, in the order in which
-    batch.mask selects: row by row.
-    """
-    student_chunks = student_hidden[batch.mask].split(chunk_size(pair))
-    teacher_chunks = teacher_hidden[batch.mask].split(chunk_size(pair))
-    for student_chunk, teacher_chunk in zip(student_chunks, teacher_chunks):
-        student_logits = next_token_logits(pair, pair.student, student_chunk)
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        yield student_logits, teacher_logits
-
-
-def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
-    """What is measured at n positions. Add to it what your selection rule needs.
-
-    The log shows the mean of each, over all valid positions.
+    The log shows the mean of each, over all valid positions. A selection rule of your
+    own may need more: tokens, for example, are there for it.
     """
     return {
         # The loss of full on-policy distillation: the curve to watch in the log.
@@ -482,26 +468,36 @@ def measure(student_logits, teacher_logits, k):  # [n, V] twice -> {name: [n]}
 
 
 @torch.no_grad()
-def score(pair, batch, k, micro_batch_size):  # -> {name: [B, R]}, [B, R, E]
-    """`measure` at every valid position of the batch, without gradient; 0 elsewhere.
+def score(pair, batch, teacher_hidden, k, micro_batch_size, measuring=measure):
+    """`measuring` at every valid position, 0 elsewhere: {name: [B, R]}.
 
-    Returns the teacher's hidden states, too: `update` needs them again.
+    The student reads the batch here, without gradient. The teacher has read it already:
+    `teacher_hidden` is what `all_hidden_states` returned for it.
     """
     student_hidden = all_hidden_states(pair.student, batch, micro_batch_size)
-    teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch_size)
+
+    # mask picks the N valid positions, row by row; each chunk has n of them.
+    size = chunk_size(pair)
+    student_chunks = student_hidden[batch.mask].split(size)
+    teacher_chunks = teacher_hidden[batch.mask].split(size)
+    token_chunks = batch.responses[batch.mask].split(size)
 
     found = defaultdict(list)
-    all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-    for student_logits, teacher_logits in all_chunks:
-        measured = measure(student_logits, teacher_logits, k)
+    for student_chunk, teacher_chunk, tokens in zip(
+        student_chunks, teacher_chunks, token_chunks
+    ):
+        student_logits = next_token_logits(pair, pair.student, student_chunk)
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
+        measured = measuring(student_logits, teacher_logits, tokens, k)
         for name, values in measured.items():
             found[name].append(values)
 
     scores = {}
     for name, chunks in found.items():
-        scores[name] = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        scores[name][batch.mask] = torch.cat(chunks).float()  # in the same order
-    return scores, teacher_hidden
+        values = torch.cat(chunks)
+        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
+        scores[name][batch.mask] = values  # back to their places: the same order
+    return scores
 
 
 def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
@@ -568,11 +564,12 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
 # ======================================================================================
 
 
-def train(pair, examples, args, out, resumed=None, rule=None):
+def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure):
     """Train the student in place. `args` are the program's flags, see `parse_args`.
 
     `resumed` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
-    ranks the positions in place of `rank`: a selection of your own.
+    ranks the positions in place of `rank`, and `measuring` adds to the scores what it
+    needs: a selection of your own.
     """
     student = pair.student
     optimizer = torch.optim.AdamW(
@@ -612,7 +609,9 @@ def train(pair, examples, args, out, resumed=None, rule=None):
         batch = rollout(pair, prompts, args.max_new_tokens)
         rollout_seconds = time.time() - started
 
-        scores, teacher_hidden = score(pair, batch, args.top_k, size)
+        # The teacher reads the responses once, for the scores and for the update.
+        teacher_hidden = all_hidden_states(pair.teacher, batch, size)
+        scores = score(pair, batch, teacher_hidden, args.top_k, size, measuring)
 
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
@@ -696,6 +695,17 @@ def log(path, line, steps):  # {name: number}
         show("  ".join(cells))
 
 
+def measure_held_out(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+    """As `measure`, for `evaluate`."""
+    same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    return {
+        "reverse_kl": reverse_kl(student_logits, teacher_logits),
+        "forward_kl": forward_kl(student_logits, teacher_logits),
+        "entropy": entropy(student_logits),
+        "agreement": same_first.float(),
+    }
+
+
 def evaluate(pair, examples, args):  # -> {name: mean}
     """Means over responses that are sampled with a fixed seed.
 
@@ -724,19 +734,17 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
         teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
-        all_chunks = logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
-        for student_logits, teacher_logits in all_chunks:
-            same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-            found = {
-                "reverse_kl": reverse_kl(student_logits, teacher_logits),
-                "forward_kl": forward_kl(student_logits, teacher_logits),
-                "entropy": entropy(student_logits),
-                "agreement": same_first.float(),
-            }
-            for name, values in found.items():
-                measured[name].append(values)
+        scores = score(
+            pair,
+            batch,
+            teacher_hidden,
+            args.top_k,
+            args.micro_batch_size,
+            measure_held_out,
+        )
+        for name, values in scores.items():
+            measured[name].append(values[batch.mask])
 
     means = {}
     if right:
@@ -750,9 +758,13 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 # ======================================================================================
 # 4. Here the method ends. What follows is to be looked up, not read: models, prompts,
-#    answers, files. Bad input raises ValueError, which the command line turns into one
+#    answers, files. Bad input raises InputError, which the command line turns into one
 #    clear line.
 # ======================================================================================
+
+
+class InputError(ValueError):
+    """What was given cannot be used: a flag, a file, a model. The text says why."""
 
 
 def show(text):
@@ -770,13 +782,13 @@ def warn(message):
 
 def describe(error):  # in one line, with its type unless the text is our own
     text = " ".join(str(error).split())
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
     """Load one model and check that it is what the file at `path` says.
 
-    ValueError, naming `flag` and `path`, for whatever cannot be used.
+    InputError, naming `flag` and `path`, for whatever cannot be used.
     """
     try:  # weights from safetensors alone, and no code from the model's folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -792,7 +804,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
         # transformers fills weights that it does not find with random numbers.
         absent = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
         if absent:
-            raise ValueError(f"the file has no weight {absent[0]} of the right shape")
+            raise InputError(f"the file has no weight {absent[0]} of the right shape")
         if report["unexpected_keys"]:
             name = sorted(report["unexpected_keys"])[0]
             warn(f"{flag} {path}: weights that the model does not use, as {name}")
@@ -801,7 +813,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
         model.eval()
         check_logits(model)
     except Exception as error:  # OSError, ImportError, SafetensorError, the device's
-        raise ValueError(f"{flag} {path} on {device}: {describe(error)}") from error
+        raise InputError(f"{flag} {path} on {device}: {describe(error)}") from error
 
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
@@ -811,17 +823,17 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
 
 @torch.no_grad()
 def check_logits(model):
-    """ValueError unless our way to the logits, and generate()'s, give the model's own.
+    """InputError unless our way to the logits, and generate()'s, give the model's own.
 
     We pad on the left and project hidden states ourselves. Not all families bear that:
     some cap or scale their logits, some are recurrent and read the padding.
     """
     config = model.config.get_text_config()
     if model.base_model is model:
-        raise ValueError(f"{config.model_type} models do not show their hidden states")
+        raise InputError(f"{config.model_type} models do not show their hidden states")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
-            raise ValueError(f"{config.model_type} models change logits by {name}")
+            raise InputError(f"{config.model_type} models change logits by {name}")
 
     # Twelve tokens from all over the vocabulary, and eight that the model goes on with.
     rows = len(model.get_input_embeddings().weight)
@@ -853,7 +865,7 @@ def check_logits(model):
     for logits, what in ((ours, "recomputed from hidden states"), (drawn, "generated")):
         difference = (logits - own[-len(logits) :]).abs().max()
         if not difference <= tolerance * own.abs().max():  # true for nan, too
-            raise ValueError(
+            raise InputError(
                 f"the logits of this {config.model_type} model, {what} under left "
                 "padding, are not its own; choose another family"
             )
@@ -862,7 +874,7 @@ def check_logits(model):
 def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # -> Pair
     """Load both models and check that they can be compared token by token.
 
-    ValueError for models that cannot be used, or that do not share a vocabulary.
+    InputError for models that cannot be used, or that do not share a vocabulary.
     """
     student, tokenizer, student_ends = load_model(
         "--student", student_path, torch.float32, device
@@ -875,7 +887,7 @@ def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # ->
 
     for name, weight in student.named_parameters():
         if weight.dtype != torch.float32 or not weight.requires_grad:
-            raise ValueError(
+            raise InputError(
                 f"--student {student_path}: {name} cannot be trained (quantised, "
                 "frozen, an adapter's); give a model with all weights as plain floats"
             )
@@ -896,7 +908,7 @@ def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # ->
 
 
 def check_vocabularies(student_tokenizer, teacher_tokenizer):
-    """ValueError if an ordinary token has two ids, a warning if an added one has."""
+    """InputError if an ordinary token has two ids, a warning if an added one has."""
     student_ids = student_tokenizer.get_vocab()
     teacher_ids = teacher_tokenizer.get_vocab()
     added = set(student_tokenizer.get_added_vocab())
@@ -916,21 +928,21 @@ def check_vocabularies(student_tokenizer, teacher_tokenizer):
         f"and {teacher_ids.get(token)} in the teacher's"
     )
     if ordinary:
-        raise ValueError(f"{text}; choose two models with one vocabulary")
+        raise InputError(f"{text}; choose two models with one vocabulary")
     warn(f"only added or special tokens differ: {text}; going on")
 
 
 def read_prompts(path, pair, max_new_tokens):
     """A JSONL file -> [{"prompt": token ids, "answer": text or None}].
 
-    ValueError, with file and line, for whatever is wrong.
+    InputError, with file and line, for whatever is wrong.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"--prompts {path}: {error.strerror}") from error
+        raise InputError(f"--prompts {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"--prompts {path} is not UTF-8 text (UTF-16, or compressed?): {error}"
         ) from error
 
@@ -953,18 +965,18 @@ def read_prompts(path, pair, max_new_tokens):
             prompt = tokenize_prompt(record, tokenizer)
             answer = read_answer(record)
         except Exception as error:  # a chat template may raise anything
-            raise ValueError(f"{place}: {describe(error)}") from error
+            raise InputError(f"{place}: {describe(error)}") from error
 
         if not prompt:
-            raise ValueError(f"{place}: the prompt has no token")
+            raise InputError(f"{place}: the prompt has no token")
         if len(prompt) > room:
-            raise ValueError(
+            raise InputError(
                 f"{place}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
                 f"{max_new_tokens} that is more than the {limit} that the models take"
             )
         if max(prompt) >= known_ids:
             token = tokenizer.convert_ids_to_tokens(max(prompt))
-            raise ValueError(f"{place}: one of the models does not know {token!r}")
+            raise InputError(f"{place}: one of the models does not know {token!r}")
 
         used = CHAT_KEYS if "messages" in record else {"prompt", "answer"}
         ignored |= set(record) - used
@@ -996,12 +1008,12 @@ CHAT_KEYS = {"messages", "tools", "chat_template_kwargs", "answer"}
 
 def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> token ids
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
-        raise ValueError("give an object with either `prompt` or `messages`")
+        raise InputError("give an object with either `prompt` or `messages`")
 
     if "prompt" in record:
         text = record["prompt"]
         if not isinstance(text, str):
-            raise ValueError("`prompt` must be a text")
+            raise InputError("`prompt` must be a text")
     else:
         check_messages(record["messages"])
         text = tokenizer.apply_chat_template(
@@ -1025,16 +1037,16 @@ def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> tok
 
 
 def check_messages(messages):
-    """ValueError unless it is a chat that waits for the assistant's turn."""
+    """InputError unless it is a chat that waits for the assistant's turn."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError("`messages` must be a list of objects")
+        raise InputError("`messages` must be a list of objects")
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
-            raise ValueError("each of `messages` must have `role` and `content`")
+            raise InputError("each of `messages` must have `role` and `content`")
         if message.get("content") is None and "tool_calls" not in message:
-            raise ValueError(f"the {message['role']}'s message has no `content`")
+            raise InputError(f"the {message['role']}'s message has no `content`")
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the last of `messages` is the assistant's: nothing to answer")
+        raise InputError("the last of `messages` is the assistant's: nothing to answer")
 
 
 def read_answer(record):  # -> text or None
@@ -1042,9 +1054,9 @@ def read_answer(record):  # -> text or None
     if answer is None:
         return None
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise ValueError("`answer` must be a text or a number")
+        raise InputError("`answer` must be a text or a number")
     if not to_words(str(answer)):
-        raise ValueError("empty answer")
+        raise InputError("empty answer")
     return str(answer)
 
 
@@ -1129,7 +1141,7 @@ def write_file(path, text):  # never half a file under this name
 
 
 def new_folder(out, name):  # -> Path: --out, or the first free runs/NAME-N
-    """Make an empty folder. ValueError if there is something in it."""
+    """Make an empty folder. InputError if there is something in it."""
     if out is None:
         number = 1
         while Path(f"runs/{name}-{number}").exists():
@@ -1141,9 +1153,9 @@ def new_folder(out, name):  # -> Path: --out, or the first free runs/NAME-N
         folder.mkdir(parents=True, exist_ok=True)
         is_empty = not any(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}") from error
+        raise InputError(f"--out {out}: {error.strerror}") from error
     if not is_empty:
-        raise ValueError(f"--out {out} is not empty, and nothing is ever overwritten")
+        raise InputError(f"--out {out} is not empty, and nothing is ever overwritten")
     return folder
 
 
@@ -1169,7 +1181,7 @@ def load_state(folder):  # -> what `train` handed to `save`
         state = torch.load(Path(folder) / "state.pt", map_location="cpu")
         state["settings"]
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"--resume {folder}: no state.pt of this version there; name a folder "
             f"OUT/step-N ({describe(error)})"
         ) from error
@@ -1177,20 +1189,20 @@ def load_state(folder):  # -> what `train` handed to `save`
 
 
 def check_state(state, args, examples):
-    """ValueError, naming the flag, if the resumed run would not be the same run."""
+    """InputError, naming the flag, if the resumed run would not be the same run."""
     now = resume_settings(args, examples)
     for name, was in state["settings"].items():
         if now.get(name) == was:
             continue
         if name == "prompts":
-            raise ValueError(
+            raise InputError(
                 "--resume: --prompts, or --eval-prompts, differ from before"
             )
         flag = "--" + name.replace("_", "-")
         is_now = now.get(name)
-        raise ValueError(f"--resume: {flag} was {was} before and is {is_now} now")
+        raise InputError(f"--resume: {flag} was {was} before and is {is_now} now")
     if args.steps <= state["step"]:
-        raise ValueError(f"--steps {args.steps}: that save is of step {state['step']}")
+        raise InputError(f"--steps {args.steps}: that save is of step {state['step']}")
 
 
 # ======================================================================================
@@ -1347,7 +1359,7 @@ def world_mark():  # changes with the code that builds the demo's world
 
 
 def check_demo():
-    """Build the demo's pair if there is none. ValueError for one of another version."""
+    """Build the demo's pair if there is none. InputError for one of another version."""
     # For models this small one thread is as fast as two. On a busy machine, with more
     # threads than free cores, a step took four times as long.
     torch.set_num_threads(1)
@@ -1355,11 +1367,11 @@ def check_demo():
         build_pair()
     for name in ("student", "teacher", "prompts.jsonl", "world"):
         if not (PAIR / name).exists():
-            raise ValueError(
+            raise InputError(
                 f"{PAIR} has no {name}: delete the folder, to build it anew"
             )
     if (PAIR / "world").read_text() != world_mark():
-        raise ValueError(
+        raise InputError(
             f"{PAIR} was built by another version of opd.py, so figures would differ "
             "from the README's: delete the folder, to build it anew"
         )
@@ -1458,20 +1470,20 @@ def prepare(args):  # -> Pair, training examples, held-out examples
             f"{args.prompts}: {repeated} prompts are held out, too, and not trained on"
         )
     if len(training) < args.batch_size:
-        raise ValueError(
+        raise InputError(
             f"{args.prompts} has {len(examples)} prompts, {len(training)} of them for "
             "training; --batch-size and --eval-prompts ask for more"
         )
     return pair, training, held_out
 
 
-def main(args, rule=None):
-    """Evaluate, train, save, evaluate. `rule`: a selection of your own, see `train`."""
+def main(args, rule=None, measuring=measure):
+    """Evaluate, train, save, evaluate. For `rule` and `measuring` see `train`."""
     started = time.time()
     if rule is not None:
         args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
         if args.select in METHODS:
-            raise ValueError(f"there is a rule {args.select} already: rename yours")
+            raise InputError(f"there is a rule {args.select} already: rename yours")
     resumed = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
     if resumed is not None:
@@ -1480,7 +1492,7 @@ def main(args, rule=None):
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
-        train(pair, training, args, out, resumed, rule)
+        train(pair, training, args, out, resumed, rule, measuring)
     except (KeyboardInterrupt, FloatingPointError) as stop:
         save(pair, out / "student")
         text = str(stop) or "interrupted"
@@ -1528,7 +1540,7 @@ def run(program, *arguments):
         fail("out of GPU memory: lower --micro-batch-size, then --batch-size", 1)
     except (FloatingPointError, OSError) as error:
         fail(error, 1)
-    except ValueError as error:
+    except InputError as error:
         fail(error)
 
 

@@ -336,9 +336,9 @@ def log_of_run(out):
 def run(store, tmp_path):
     """The program with these flags, into tmp_path / name -> its log."""
 
-    def main(name, *more, family="qwen3", rule=None):
+    def main(name, *more, family="qwen3", rule=None, measuring=opd.measure):
         args = opd.parse_args(flags(store, tmp_path / name, *more, family=family))
-        opd.main(args, rule)
+        opd.main(args, rule, measuring)
         return log_of_run(tmp_path / name)
 
     return main
@@ -431,11 +431,20 @@ def recorded_rollouts(monkeypatch):
 
 
 def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
-    student_hidden = opd.all_hidden_states(pair.student, batch, 2)
-    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, 2)
-    chunks = opd.logits_in_chunks(pair, batch, student_hidden, teacher_hidden)
+    chunks = []
+
+    def measure(student_logits, teacher_logits, tokens, k):
+        chunks.append((student_logits, teacher_logits))
+        return {}
+
+    scores_of(pair, batch, 3, 2, measure)
     student, teacher = zip(*chunks)
     return torch.cat(student), torch.cat(teacher)
+
+
+def scores_of(pair, batch, k, size, *measuring):  # opd.score, after the teacher's pass
+    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+    return opd.score(pair, batch, teacher_hidden, k, size, *measuring)
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
@@ -1302,7 +1311,7 @@ def test_scores_stand_at_their_positions_and_padding_has_zero(store):
     pair = load(store)
     batch = draw(pair, length=12)
     batch.mask[1, 2:] = False  # a response of two tokens
-    scores, _ = opd.score(pair, batch, 3, 2)
+    scores = scores_of(pair, batch, 3, 2)
     assert set(scores) == {"kl_all", "entropy", "divergence", "compatibility"}
     for row, (p, q, response) in enumerate(one_by_one(pair, PROMPTS, batch)):
         expected = {
@@ -1346,11 +1355,11 @@ def test_chunks_change_no_score_and_no_gradient(store, monkeypatch):
     pair = load(store)
     batch = draw(pair)
     keep = opd.select(torch.rand(batch.mask.shape), batch.mask, 0.4)
-    scores, _ = opd.score(pair, batch, 3, 3)
+    scores = scores_of(pair, batch, 3, 3)
     whole = gradient(pair, batch, keep, 3)
     for at_once in (1, V, 2 * V + 1):  # 1, 1 and 2 positions at a time
         monkeypatch.setattr(opd, "LOGITS_AT_ONCE", at_once)
-        again, _ = opd.score(pair, batch, 3, 3)
+        again = scores_of(pair, batch, 3, 3)
         for name in scores:
             assert torch.allclose(again[name], scores[name], atol=1e-6)
         assert torch.allclose(gradient(pair, batch, keep, 3), whole, atol=1e-6)
@@ -1371,7 +1380,7 @@ def test_no_more_logits_are_made_than_fit_and_none_where_nothing_is_kept(
 
     monkeypatch.setattr(opd, "next_token_logits", recorded)
     monkeypatch.setattr(opd, "LOGITS_AT_ONCE", 4 * V)
-    opd.score(pair, batch, 3, 3)
+    scores_of(pair, batch, 3, 3)
     assert max(sizes) == 4
     assert sum(sizes) == 2 * batch.mask.sum()  # each position once by each model
 
@@ -1695,7 +1704,7 @@ def test_all_scores_and_losses_are_those_of_the_merged_distribution(tmp_path):
     found_p = opd.next_token_logits(pair, identity, student)
     found_q = opd.next_token_logits(pair, identity, teacher)
     y = torch.tensor([0, 5, 6, 7, 8, 9])  # the first is the end
-    scores = opd.measure(found_p, found_q, 3)
+    scores = opd.measure(found_p, found_q, y, 3)
     forward = opd.token_loss("forward_kl", found_p, found_q, None)
     sampled = opd.token_loss("sampled", found_p, found_q, y)
     for i in range(6):
@@ -1846,22 +1855,38 @@ def test_merging_the_ends_keeps_the_length_of_responses_in_training(
 # ======================================================================================
 
 
-def test_whatever_measure_returns_appears_in_the_log_under_its_name(run, monkeypatch):
-    real = opd.measure
+def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch):
+    calls = recorded_rollouts(monkeypatch)
 
-    def measure(student_logits, teacher_logits, k):
-        scores = real(student_logits, teacher_logits, k)
+    def measure_more(student_logits, teacher_logits, tokens, k):
+        scores = opd.measure(student_logits, teacher_logits, tokens, k)
         scores["teacher_entropy"] = opd.entropy(teacher_logits)
         scores["student_entropy"] = opd.entropy(student_logits)
+        scores["id_of_token"] = tokens.float()
         return scores
 
     plain = run("plain")
-    monkeypatch.setattr(opd, "measure", measure)
-    more = run("more")
-    for line, old in zip(timeless(more), timeless(plain)):
+    calls.clear()
+    more = run("more", measuring=measure_more)
+    for step, (line, old) in enumerate(zip(timeless(more), timeless(plain))):
+        batch = calls[1 + step][1]  # calls[0] is an evaluation
+        mean_id = batch.responses[batch.mask].float().mean().item()
+        assert line.pop("id_of_token") == pytest.approx(mean_id)
         assert line.pop("student_entropy") == line["entropy"]
         assert line.pop("teacher_entropy") > 0.1
         assert line == old
+
+
+def test_what_you_measure_may_have_several_numbers_for_each_position(store):
+    pair = load(store)
+    batch = draw(pair)
+
+    def two_numbers(student_logits, teacher_logits, tokens, k):
+        return {"both": torch.stack([tokens, 2 * tokens], -1)}
+
+    found = scores_of(pair, batch, 3, 2, two_numbers)["both"]
+    expected = batch.responses * batch.mask
+    assert torch.equal(found, torch.stack([expected, 2 * expected], -1))
 
 
 @pytest.mark.parametrize("wrong", ["nan", "shape"])
@@ -2019,7 +2044,7 @@ def test_evaluation_weighs_positions_alike_however_they_are_batched(store):
     sums = Counter()
     for part in (examples[:4], examples[4:]):
         batch = opd.rollout(pair, [e["prompt"] for e in part], args.max_new_tokens)
-        scores, _ = opd.score(pair, batch, 4, 4)
+        scores = scores_of(pair, batch, 4, 4)
         sums["kl"] += scores["kl_all"].sum().item()
         sums["valid"] += batch.mask.sum().item()
     found = opd.evaluate(pair, examples, args)
@@ -2650,7 +2675,7 @@ def test_a_pad_or_an_end_that_only_one_model_has_is_harmless(
     pair = opd.load_pair(paths["student"], paths["teacher"])
     batch = draw(pair)
     assert pair.vocab_size == V
-    scores, _ = opd.score(pair, batch, 4, 2)
+    scores = scores_of(pair, batch, 4, 2)
     for values in scores.values():
         assert values[batch.mask].isfinite().all()
     is_end = torch.isin(batch.responses, torch.tensor(pair.end_ids))
@@ -3215,7 +3240,7 @@ def test_a_reader_of_the_first_line_alone_does_not_end_the_training(store, tmp_p
 @pytest.mark.parametrize(
     "error,status,says",
     [
-        (ValueError("no such\nthing"), 2, "thing"),
+        (opd.InputError("no such\nthing"), 2, "thing"),
         (OSError("disk"), 1, "disk"),
         (FloatingPointError("step 3"), 1, "step 3"),
         (torch.OutOfMemoryError("2 GiB"), 1, "--micro-batch-size"),
@@ -3232,9 +3257,13 @@ def test_what_stops_the_program_from_outside_gets_a_line_and_a_status(
         opd.run(program)
 
 
-def test_a_fault_of_the_programs_own_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        opd.run(lambda: 1 / 0)
+@pytest.mark.parametrize("fault", [ZeroDivisionError, KeyError, ValueError])
+def test_a_fault_of_the_programs_own_keeps_its_traceback(fault):
+    def program():  # a ValueError is what unpacking too many values raises
+        raise fault("too many values to unpack")
+
+    with pytest.raises(fault):
+        opd.run(program)
 
 
 # ======================================================================================
@@ -4688,7 +4717,7 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
     batch = opd.rollout(pair, [prompt], 256)
     assert batch.ids.tolist() == names["ids"].tolist()
     assert batch.mask.sum() > 30
-    scores, _ = opd.score(pair, batch, 16, 1)
+    scores = scores_of(pair, batch, 16, 1)
     for name in ("entropy", "divergence", "compatibility"):
         assert torch.allclose(scores[name][0], names[name], atol=1e-4)
     ranks = opd.rank("teachability", scores, batch.mask)
@@ -4843,7 +4872,7 @@ def as_rollout(batch):  # TRL's batch -> ours
 
 
 def selection_of_opd(pair, rollout):
-    scores, _ = opd.score(pair, rollout, 16, 99)
+    scores = scores_of(pair, rollout, 16, 99)
     return opd.select(opd.rank("teachability", scores, rollout.mask), rollout.mask, 0.1)
 
 

@@ -104,15 +104,19 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             states = self._get_last_hidden_state(model, ids, attention, length)
             hidden.append(states[mask])  # [N, E]
         student_hidden, teacher_hidden = hidden
+        all_tokens = batch["completion_ids"][mask]  # [N]
 
         parts = []
         size = opd.chunk_size(pair)
-        for student, teacher in zip(
-            student_hidden.split(size), teacher_hidden.split(size)
+        for student, teacher, tokens in zip(
+            student_hidden.split(size),
+            teacher_hidden.split(size),
+            all_tokens.split(size),
         ):
             part = opd.measure(
                 opd.next_token_logits(pair, pair.student, student),
                 opd.next_token_logits(pair, pair.teacher, teacher),
+                tokens,
                 self.support,
             )
             parts.append(part)
