@@ -9,9 +9,9 @@ looking at the same tokens twice, before training and after it:
                        trained earlier (--after)
   4. measure_contexts  the same positions once more, now with the trained student
   5. report            the gain of a position is how much nearer to the teacher the
-                       student came there. What was known before that foretells it?
+                       student came there. What, known before training, predicts it?
 
-`python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` spares
+`python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` skips
 the training: OUT is a run of `opd.py --select full`. The main tables are printed, and a
 page for the browser has more.
 
@@ -60,7 +60,7 @@ def main(args):
     batches = freeze(pair, prompts, args)
     before = {**locate(batches), **measure_contexts(pair, batches, args)}
     if trained is None:
-        opd.train(pair, training, args, out)
+        opd.train(pair, training, args, out)  # with --select full, by default
         trained = pair  # its student was trained in place
     after = measure_contexts(trained, batches, args)
 
@@ -282,6 +282,24 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 # ======================================================================================
 # 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
 #    cell is an estimate, a number or a text.
+#
+#    For example, take three positions, with D and C rescaled to [0, 1]:
+#
+#                            D     C    learnable    incompatible    gain
+#                                         D * C       D * (1 - C)
+#      the result "17"      .5     1       .5              0          .9
+#      the word "gets"       1     0        0              1           0
+#      the name "Ben"        0     1        0              0           0
+#
+#    gain_of_kept    If one of the three is kept, divergence keeps "gets", which gains 0,
+#                    and teachability keeps "17", which gains .9.
+#    explain         The gain rises with the learnable part, not with the incompatible
+#                    one: the first has the larger slope.
+#    compare_thirds  Of "17" and "gets", of both of which the student is sure, the more
+#                    compatible one gains more.
+#    leak            Suppose that "gets" gained, too. If what it learned is among the
+#                    trained student's top K, a C from after training is 1 there, and
+#                    the gain is put down to the learnable part.
 # ======================================================================================
 
 
@@ -443,7 +461,7 @@ def explain(before, gains, k, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D, halved at their medians: what the paper calls Q3."""
+    """Low entropy and high D: of the four quarters that their medians make, Q3."""
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
@@ -567,7 +585,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         f"If C were measured after training, K={k}",
         "C before: as in the other tables. C after is a leak: by then, what was "
         "learned stands in the trained student's top K, so C knows what it is asked to "
-        "foretell. Only C before can choose positions. most - least: as in Q3 above.",
+        "predict. Only C before can choose positions. most - least: as in Q3 above.",
         leak(before, after, gains, k, args),
         printed=True,
     )
@@ -612,9 +630,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
     return tables
 
 
-def what_was_measured(
-    held_out, before, after, args
-):  # -> a sentence on what was measured
+def what_was_measured(held_out, before, after, args):  # -> text
     positions = len(before["forward_kl"])
     text = f"{args.contexts} contexts, {positions} positions. "
     text += f"{held_out} held-out prompts"

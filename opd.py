@@ -14,7 +14,8 @@ One training step (the loop in `train`):
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
   3. rank     by teachability, D * C, with D and C rescaled to [0, 1]
-  4. select   keep the best share of the batch's positions: the `budget`, a tenth
+  4. select   keep the best share of the batch's positions: the `budget`, a tenth; and
+              at least one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
@@ -257,13 +258,14 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 #      loss.backward()
 #      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
+#      optimizer.zero_grad()
 #
 #    But prompts are not equally long, two models often end a response differently, and
 #    logits are huge: V numbers for each position. So a model's layers run first, on a
 #    micro-batch of responses at a time. They give hidden states, which are small. From
 #    these, logits are made for a chunk of positions at a time, used and forgotten. The
-#    student reads its responses twice: once to score all positions, without gradient;
-#    once more to train, with logits at the kept positions alone.
+#    teacher reads the responses once. The student reads them twice: to score all of
+#    them, without gradient; then to train, with logits at the kept positions alone.
 # ======================================================================================
 
 
@@ -327,7 +329,7 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     return ends_before == 0
 
 
-def merge_ends(logits, end_ids):  # [n, ids] -> [n, ids]
+def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
     """One column for all tokens that end a response: that of end_ids[0].
 
     The end of a response is one event. Often the student ends with another token than
@@ -530,7 +532,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
             student_kept.split(size), teacher_kept.split(size), tokens.split(size)
         ):
             # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits,
-            # and makes them again when the gradient needs them.
+            # and makes them again when the gradient needs them. (Where nothing was kept
+            # there is one empty chunk, and its loss is 0.)
             total = total + checkpoint(
                 chunk_loss,
                 pair,
@@ -602,7 +605,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure)
 
         prompts = []
         for i in range(step * args.batch_size, (step + 1) * args.batch_size):
-            example = examples[order[i % len(order)]]
+            example = examples[order[i % len(order)]]  # the same order in each epoch
             prompts.append(example["prompt"])
 
         # The five parts of a step.
@@ -681,7 +684,7 @@ def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
     columns = [name for name in line if name not in NOT_IN_TERMINAL]
     with open(path, "a", encoding="utf-8") as file:
-        if file.tell() == 0:
+        if file.tell() == 0:  # nothing is written yet: first the heading
             show("  ".join(f"{name:>7}" for name in columns))
         file.write(json.dumps(line) + "\n")
 
@@ -825,8 +828,8 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
 def check_logits(model):
     """InputError unless our way to the logits, and generate()'s, give the model's own.
 
-    We pad on the left and project hidden states ourselves. Not all families bear that:
-    some cap or scale their logits, some are recurrent and read the padding.
+    We pad on the left and project hidden states ourselves. That is wrong for some
+    families: some cap or scale their logits, some are recurrent and read the padding.
     """
     config = model.config.get_text_config()
     if model.base_model is model:
@@ -856,7 +859,13 @@ def check_logits(model):
     # The first ones stand next to the padding, where it does most harm.
     attention = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
     mask = torch.ones_like(ids[:, 1:]).bool()
-    batch = Rollout(generated.sequences, attention, ids[:, 1:], mask, mask[:, 0])
+    batch = Rollout(
+        ids=generated.sequences,
+        attention=attention,
+        responses=ids[:, 1:],
+        mask=mask,
+        truncated=torch.tensor([True]),
+    )
     hidden = hidden_states(model, batch)[0]
     ours = model.get_output_embeddings()(hidden.to(model.dtype)).float()
 
