@@ -291,8 +291,8 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 #      the word "gets"       1     0        0              1           0
 #      the name "Ben"        0     1        0              0           0
 #
-#    gain_of_kept    If one of the three is kept, divergence keeps "gets", which gains 0,
-#                    and teachability keeps "17", which gains .9.
+#    gain_of_kept    If one of the three is kept, divergence keeps "gets", which gains
+#                    0, and teachability keeps "17", which gains .9.
 #    explain         The gain rises with the learnable part, not with the incompatible
 #                    one: the first has the larger slope.
 #    compare_thirds  Of "17" and "gets", of both of which the student is sure, the more
