@@ -58,14 +58,13 @@ def main(args):
         prompts.append(example["prompt"])
 
     batches = freeze(pair, prompts, args)
-    before = {**locate(batches), **measure_contexts(pair, batches, args)}
+    before = measure_contexts(pair, batches, args)
     if trained is None:
         opd.train(pair, training, args, out)  # with --select full, by default
-        trained = pair  # its student was trained in place
+        trained = pair  # its student was trained in place; `before` are numbers
     after = measure_contexts(trained, batches, args)
 
-    summary = what_was_measured(len(held_out), before, after, args)
-    report(pair, prompts, before, after, summary, args, out)
+    report(pair, prompts, len(held_out), before, after, args, out)
 
 
 # ======================================================================================
@@ -84,31 +83,6 @@ def freeze(pair, prompts, args):  # -> [opd.Rollout]
     return batches
 
 
-def locate(batches):  # -> {"token", "context", "position": [N]}
-    """Which token stands at each position, in which context, and where: from 0 to 1.
-
-    The N positions come context by context, left to right, as in `measure_contexts`.
-    """
-    token_of = []
-    context_of = []
-    position_of = []
-    context = 0
-    for batch in batches:
-        for response, mask in zip(batch.responses, batch.mask):
-            tokens = response[mask].tolist()
-            last = max(len(tokens) - 1, 1)
-            for t, token in enumerate(tokens):
-                token_of.append(token)
-                context_of.append(context)
-                position_of.append(t / last)
-            context += 1
-    return {
-        "token": np.array(token_of),
-        "context": np.array(context_of),
-        "position": np.array(position_of),
-    }
-
-
 def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
     p = student_logits.float().softmax(-1)
@@ -116,46 +90,68 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     return torch.minimum(p, q).sum(-1)
 
 
-def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
+def measure_chunk(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     """All that is measured at n positions, in nats but for overlap and C.
 
     The five likeliest tokens of both models, [n, 5], are for the page.
     """
     five = min(5, student_logits.shape[-1])
-    measured = {
+    return {
+        "token": tokens,
         "forward_kl": opd.forward_kl(student_logits, teacher_logits),
         "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
         "overlap": overlap(student_logits, teacher_logits),
         "entropy": opd.entropy(student_logits),
+        "divergence": opd.divergence(student_logits, teacher_logits, k),
+        "compatibility": opd.compatibility(student_logits, teacher_logits, k),
         "teacher_entropy": opd.entropy(teacher_logits),
         "student_choices": student_logits.topk(five).indices,
         "teacher_choices": teacher_logits.topk(five).indices,
     }
-    for k in ks:
-        d = opd.divergence(student_logits, teacher_logits, k)
-        c = opd.compatibility(student_logits, teacher_logits, k)
-        measured[f"divergence, K={k}"] = d
-        measured[f"compatibility, K={k}"] = c
-    return measured
 
 
-def measure_contexts(pair, batches, args):  # -> {name: [N]}
-    """`measure_chunk` at all positions of the contexts."""
-    found = defaultdict(list)
-    size = args.micro_batch_size
+def locate(mask):  # [B, R] bool -> [B, R] twice
+    """Where a position stands: in which response, and how far into it, from 0 to 1."""
+    number = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
+    place = mask.cumsum(-1) - 1
+    return number, place.double() / last
+
+
+def measure_contexts(pair, batches, args):  # -> {K: {name: [N]}}
+    """`measure_chunk`, and "context" and "position" from `locate`, for each K.
+
+    The N positions come context by context, left to right.
+    """
+    parts = {}
+    for k in args.ks:
+        parts[k] = defaultdict(list)
+
+    contexts = 0
     for batch in tqdm(batches, "scoring contexts", disable=None):
+        size = args.micro_batch_size
+        student_hidden = opd.all_hidden_states(pair.student, batch, size)
         teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-        scores = opd.score(pair, batch, teacher_hidden, args.ks, size, measure_chunk)
-        for name, values in scores.items():
-            found[name].append(values[batch.mask].cpu().numpy())
+        number, place = locate(batch.mask)
+        for k in args.ks:
+            scores = opd.score(
+                pair, batch, student_hidden, teacher_hidden, k, measure_chunk
+            )
+            scores["context"] = contexts + number
+            scores["position"] = place
+            for name, values in scores.items():
+                parts[k][name].append(values[batch.mask].cpu().numpy())
+        contexts += len(batch.mask)
 
-    joined = {}
-    for name, parts in found.items():
-        values = np.concatenate(parts)
-        if values.dtype == np.float32:
-            values = values.astype(np.float64)  # for long sums
-        joined[name] = values
-    return joined
+    measured = {}
+    for k in args.ks:
+        measured[k] = {}
+        for name, arrays in parts[k].items():
+            values = np.concatenate(arrays)
+            if values.dtype == np.float32:
+                values = values.astype(np.float64)  # for long sums
+            measured[k][name] = values
+    return measured
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
@@ -283,7 +279,7 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 # 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
 #    cell is an estimate, a number or a text.
 #
-#    For example, take three positions, with D and C rescaled to [0, 1]:
+#    What the paper expects, on three positions, with D and C rescaled to [0, 1]:
 #
 #                            D     C    learnable    incompatible    gain
 #                                         D * C       D * (1 - C)
@@ -295,8 +291,8 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 #                    0, and teachability keeps "17", which gains .9.
 #    explain         The gain rises with the learnable part, not with the incompatible
 #                    one: the first has the larger slope.
-#    compare_thirds  Of "17" and "gets", of both of which the student is sure, the more
-#                    compatible one gains more.
+#    compare_thirds  The student is sure of "17" and of "gets". The more compatible of
+#                    the two gains more.
 #    leak            Suppose that "gets" gained, too. If what it learned is among the
 #                    trained student's top K, a C from after training is 1 there, and
 #                    the gain is put down to the learnable part.
@@ -310,21 +306,11 @@ def normalize(values):  # [N] -> [N] in [0, 1]
     return opd.robust_normalize(row, everywhere)[0].double().numpy()
 
 
-def with_one_k(measured, k):  # {name: [N]} -> {name: [N]}
-    """H, D and C under the names that opd.rank knows, of the several K that we have."""
-    return {
-        "entropy": measured["entropy"],
-        "divergence": measured[f"divergence, K={k}"],
-        "compatibility": measured[f"compatibility, K={k}"],
-    }
-
-
-def make_features(before, k):  # {name: [N]} -> {name: [N]}
+def make_features(before):  # {name: [N]} -> {name: [N]}
     """What may explain the gain: measured quantities, rescaled to [0, 1], and more."""
-    scores = with_one_k(before, k)
-    h = normalize(scores["entropy"])
-    d = normalize(scores["divergence"])
-    c = normalize(scores["compatibility"])
+    h = normalize(before["entropy"])
+    d = normalize(before["divergence"])
+    c = normalize(before["compatibility"])
     return {
         "entropy": h,
         "D": d,
@@ -360,15 +346,15 @@ def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
     return rows
 
 
-def kept_by(method, before, k, budget, seed):  # -> [N] bool
+def kept_by(method, before, budget, seed):  # -> [N] bool
     """What `method` would keep of all contexts, as opd.py does it in a batch.
 
     Here all contexts stand in one row, as if they were one response. So opd.select adds
     no position for a response that has none, and the count is the same for all methods.
     """
     scores = {}
-    for name, values in with_one_k(before, k).items():
-        scores[name] = torch.tensor(values)[None]  # [1, N]
+    for name in ("entropy", "divergence", "compatibility"):
+        scores[name] = torch.tensor(before[name])[None]  # [1, N]
     mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)  # for "random"
     ranks = opd.rank(method, scores, mask, generator)
@@ -377,11 +363,11 @@ def kept_by(method, before, k, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
-def gain_of_kept(before, gains, k, budget, args):  # -> rows
+def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
     kept = []
     for method in opd.METHODS:
-        kept.append(kept_by(method, before, k, budget, args.seed))
+        kept.append(kept_by(method, before, budget, args.seed))
     found = bootstrap(
         group_means,
         [columns_of(gains), np.column_stack(kept)],
@@ -392,11 +378,11 @@ def gain_of_kept(before, gains, k, budget, args):  # -> rows
     return table_rows(found, opd.METHODS, list(gains))
 
 
-def kept_tokens(before, k, budget, seed, decode):  # -> rows
+def kept_tokens(before, budget, seed, decode):  # -> rows
     """The five tokens that each method keeps most often, with their share."""
     rows = {}
     for method in opd.METHODS:
-        tokens = before["token"][kept_by(method, before, k, budget, seed)]
+        tokens = before["token"][kept_by(method, before, budget, seed)]
         texts = []
         for token, count in Counter(tokens.tolist()).most_common(5):
             texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
@@ -441,10 +427,10 @@ def r2(X, Y):  # -> [outcomes]
     return (X @ least_squares(X, Y)).var(0)
 
 
-def explain(before, gains, k, args):  # -> rows
+def explain(before, gains, args):  # -> rows
     """Which part of the disagreement goes with the gain, learnable or incompatible?"""
     gains = with_relative(gains, before)
-    features = make_features(before, k)
+    features = make_features(before)
     X = design(features, REGRESSORS)  # made once, from the sample, not in each draw
     Y = np.column_stack([zscore(gain) for gain in gains.values()])
     found = bootstrap(
@@ -473,9 +459,9 @@ def thirds_and_contrast(gains, thirds):  # [n, F], [n, 3] bool -> [4, F]
     return np.vstack([means, means[2] - means[0]])
 
 
-def compare_thirds(before, gains, k, args):  # -> rows
+def compare_thirds(before, gains, args):  # -> rows
     """Of the sure yet in disagreement: does the gain rise with the compatibility?"""
-    features = make_features(before, k)
+    features = make_features(before)
     thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
     found = bootstrap(
         thirds_and_contrast,
@@ -488,9 +474,9 @@ def compare_thirds(before, gains, k, args):  # -> rows
     return table_rows(found, labels, list(gains))
 
 
-def compare_quarters(before, gains, k, part, args):  # -> rows
+def compare_quarters(before, gains, part, args):  # -> rows
     """Of the sure yet in disagreement: does it rise with one part of D?"""
-    features = make_features(before, k)
+    features = make_features(before)
     quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
     found = bootstrap(
         group_means,
@@ -503,7 +489,7 @@ def compare_quarters(before, gains, k, part, args):  # -> rows
     return table_rows(found, labels, list(gains))
 
 
-def leak(before, after, gains, k, args):  # -> rows
+def leak(before, after, gains, args):  # -> rows
     """Two of the figures above, with C of before training and, wrongly, of after it.
 
     Why wrongly? Say the teacher wants a token that the student does not consider: C is
@@ -511,13 +497,12 @@ def leak(before, after, gains, k, args):  # -> rows
     the token stands in the trained student's top K. With C from there, 1, the position
     counts as learnable: what spoke against the hypothesis now speaks for it.
     """
-    leaky = before.copy()
-    leaky[f"compatibility, K={k}"] = after[f"compatibility, K={k}"]
+    leaky = {**before, "compatibility": after["compatibility"]}
 
     rows = {}
     for c_is_of, scores in (("before", before), ("after", leaky)):
-        explained = explain(scores, gains, k, args)
-        thirds = compare_thirds(scores, with_relative(gains, before), k, args)
+        explained = explain(scores, gains, args)
+        thirds = compare_thirds(scores, with_relative(gains, before), args)
         for name in explained:
             rows[f"C {c_is_of}, {name}"] = {
                 "gap": explained[name]["gap"],
@@ -526,9 +511,9 @@ def leak(before, after, gains, k, args):  # -> rows
     return rows
 
 
-def rank_correlations(before, gains, k, args):  # -> rows
+def rank_correlations(before, gains, args):  # -> rows
     """What orders the positions as their gains do? Ranks are those of the sample."""
-    features = make_features(before, k)
+    features = make_features(before)
     names = ("D", "learnable", "incompatible", "entropy", "tip")
     X = np.column_stack([mean_ranks(features[name]) for name in names])
     Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
@@ -546,9 +531,8 @@ def rank_correlations(before, gains, k, args):  # -> rows
 def all_tables(before, after, args, decode):  # -> a list of tables
     """Everything that the report says in numbers, and how to read it.
 
-    Some are printed; the page has all.
+    `before` and `after` are {K: {name: [N]}}. Some are printed; the page has all.
     """
-    gains = gains_of(before, after)
     tables = []
 
     def add(title, reading, rows, printed=False):
@@ -556,12 +540,12 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         tables.append(table)
 
     k = args.top_k
-    other_ks = [other for other in args.ks if other != k]
+    gains = gains_of(before[k], after[k])  # they do not depend on K
 
     add(
         f"Mean gain of the 10% that each method would keep, K={k}",
         "Of all contexts together, equally many for each method; full keeps all.",
-        gain_of_kept(before, gains, k, 0.1, args),
+        gain_of_kept(before[k], gains, 0.1, args),
         printed=True,
     )
     add(
@@ -570,7 +554,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
         "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: "
         "the share of the gain that is explained, with D in two parts and unsplit.",
-        explain(before, gains, k, args),
+        explain(before[k], gains, args),
         printed=True,
     )
     add(
@@ -578,7 +562,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "Mean gain of the positions with entropy at most, and D at least, its median, "
         "in three equal groups, from the lowest C to the highest. If the last "
         "row is above 0, more is gained where the teacher's advice is more compatible.",
-        compare_thirds(before, gains, k, args),
+        compare_thirds(before[k], gains, args),
         printed=True,
     )
     add(
@@ -586,46 +570,48 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "C before: as in the other tables. C after is a leak: by then, what was "
         "learned stands in the trained student's top K, so C knows what it is asked to "
         "predict. Only C before can choose positions. most - least: as in Q3 above.",
-        leak(before, after, gains, k, args),
+        leak(before[k], after[k], gains, args),
         printed=True,
     )
     add(
         f"Rank correlation with the gain, K={k}",
         "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-        rank_correlations(before, gains, k, args),
+        rank_correlations(before[k], gains, args),
     )
     for budget in (0.03, 0.05):
         add(
             f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
             "As above, for a smaller budget.",
-            gain_of_kept(before, gains, k, budget, args),
+            gain_of_kept(before[k], gains, budget, args),
         )
     add(
         f"What each method would keep at 10%, K={k}",
         "Its most frequent tokens, and their share.",
-        kept_tokens(before, k, 0.1, args.seed, decode),
+        kept_tokens(before[k], 0.1, args.seed, decode),
     )
     for part in ("learnable", "incompatible"):
         add(
             f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
             "Mean gain, from the quarter with the least of it to that with the most.",
-            compare_quarters(before, gains, k, part, args),
+            compare_quarters(before[k], gains, part, args),
         )
-    for other in other_ks:
+    for other in args.ks:
+        if other == k:
+            continue
         add(
             f"What explains the gain? K={other}",
             "As above, with another number of top tokens.",
-            explain(before, gains, other, args),
+            explain(before[other], gains, args),
         )
         add(
             f"If C were measured after training, K={other}",
             "As above, with another number of top tokens.",
-            leak(before, after, gains, other, args),
+            leak(before[other], after[other], gains, args),
         )
         add(
             f"Sure, yet in disagreement, K={other}",
             "As above, with another number of top tokens.",
-            compare_thirds(before, gains, other, args),
+            compare_thirds(before[other], gains, args),
         )
     return tables
 
@@ -674,27 +660,36 @@ def as_text(table):  # -> its rows, for a terminal of 100 columns
     return "\n".join([*lines, as_quote(table["reading"])])
 
 
-def position_lines(before, after, decode):  # -> the text of positions.jsonl
-    """One object for each position, with all that was measured there."""
-    gains = gains_of(before, after)
+def position_lines(before, after, k, decode):  # -> the text of positions.jsonl
+    """One object for each position, with all that was measured there, for each K."""
+    gains = gains_of(before[k], after[k])
     lines = []
-    for i, token in enumerate(before["token"].tolist()):
-        line = {"text": decode(token)}
-        for part, scores in (("before", before), ("after", after), ("gain", gains)):
+    for i, token in enumerate(before[k]["token"].tolist()):
+        line = {"text": decode(token), "gain": values_at(gains, i)}
+        for part, measured in (("before", before), ("after", after)):
             line[part] = {}
-            for name, values in scores.items():
-                line[part][name] = values[i].tolist()
+            for other, scores in measured.items():
+                line[part][f"K={other}"] = values_at(scores, i)
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
 
-def report(pair, prompts, before, after, summary, args, out):
+def values_at(scores, i):  # {name: [N]} -> {name: number}
+    values = {}
+    for name, array in scores.items():
+        values[name] = array[i].tolist()
+    return values
+
+
+def report(pair, prompts, held_out, before, after, args, out):
     """Step 5: write the files, then print, so that a broken terminal harms nothing."""
     # First what took long to measure: a table may fail, as with too few positions.
     decode = pair.tokenizer.decode
-    lines = position_lines(before, after, decode)
+    k = args.top_k
+    lines = position_lines(before, after, k, decode)
     opd.write_file(out / "positions.jsonl", lines)
 
+    summary = what_was_measured(held_out, before[k], after[k], args)
     tables = all_tables(before, after, args, decode)
     content = {
         "summary": summary,
@@ -708,7 +703,7 @@ def report(pair, prompts, before, after, summary, args, out):
     }
     opd.write_file(out / "report.json", json.dumps(content))
 
-    responses = token_map(prompts, before, after, args.top_k, decode)
+    responses = token_map(prompts, before[k], after[k], decode)
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
     opd.show(summary)
@@ -822,11 +817,11 @@ def token_span(text, learnable, incompatible, tip):  # text, [0, 1] twice, text 
     )
 
 
-def tooltip(i, before, gains, k, decode):  # -> text about position i
+def tooltip(i, before, gains, decode):  # -> text about position i
     text = decode(before["token"][i].item())
     numbers = []
-    for name, values in with_one_k(before, k).items():
-        numbers.append(f"{name} {values[i]:.2f}")
+    for name in ("entropy", "divergence", "compatibility"):
+        numbers.append(f"{name} {before[name][i]:.2f}")
     for name, gain in gains.items():
         numbers.append(f"gain in {name} {gain[i]:+.3f}")
     lines = [f"{text!r}   {'   '.join(numbers)}"]
@@ -837,9 +832,9 @@ def tooltip(i, before, gains, k, decode):  # -> text about position i
     return "\n".join(lines)
 
 
-def token_map(prompts, before, after, k, decode):  # -> HTML
+def token_map(prompts, before, after, decode):  # -> HTML
     """The first contexts, token by token, coloured by both parts of D."""
-    features = make_features(before, k)
+    features = make_features(before)
     gains = gains_of(before, after)
     paragraphs = []
     for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
@@ -850,7 +845,7 @@ def token_map(prompts, before, after, k, decode):  # -> HTML
                 decode(before["token"][i].item()),
                 features["learnable"][i] ** 0.5,
                 features["incompatible"][i] ** 0.5,
-                tooltip(i, before, gains, k, decode),
+                tooltip(i, before, gains, decode),
             )
             spans.append(span)
         paragraphs.append('<p class="map">' + "<wbr>".join(spans) + "</p>")

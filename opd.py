@@ -59,20 +59,6 @@ from tqdm import tqdm
 # ======================================================================================
 
 
-METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
-    "full",  # nothing: every position is kept. Plain on-policy distillation
-    "teachability",  # D * C: the method of the paper
-    "teachability_entropy",  # a soft OR of H and D * C
-    "entropy",  # H
-    "divergence",  # D
-    "tip",  # a soft OR of H and D, arXiv 2604.14084
-    "compatibility",  # C
-    "incompatible",  # D * (1 - C)
-    "random",
-)
-LOSSES = ("reverse_kl", "forward_kl", "sampled")
-
-
 def entropy(logits):  # [..., V] -> [...]
     """H = -sum_v p(v) log p(v), in nats, over the full vocabulary."""
     logp = logits.float().log_softmax(-1)
@@ -154,6 +140,19 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     return torch.where(mask, scaled.clamp(0, 1), 0.0)
 
 
+METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
+    "full",  # nothing: every position is kept. Plain on-policy distillation
+    "teachability",  # D * C: the method of the paper
+    "teachability_entropy",  # a soft OR of H and D * C: h + d * c - h * d * c
+    "entropy",  # H
+    "divergence",  # D
+    "tip",  # a soft OR of H and D: h + d - h * d (arXiv 2604.14084)
+    "compatibility",  # C
+    "incompatible",  # D * (1 - C)
+    "random",
+)
+
+
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
@@ -185,8 +184,8 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "incompatible":
         return incompatible
 
-    # A soft OR: h + d - h * d. Written like this it is exactly 1 where h is 1, so that
-    # such positions tie, and rounding does not order them.
+    # A soft OR is large where one of the two is. Written like this it is exactly 1
+    # where h is 1. (h + d - h * d may miss 1 by a rounding error, which would decide.)
     h = robust_normalize(scores["entropy"], mask)
     if method == "tip":
         return 1 - (1 - h) * (1 - d)
@@ -222,19 +221,22 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     return keep
 
 
-def token_loss(kind, student_logits, teacher_logits, tokens):
+LOSSES = ("reverse_kl", "forward_kl", "sampled")
+
+
+def token_loss(loss_name, student_logits, teacher_logits, tokens):
     """The loss at each position, in nats: [..., V], [..., V], [...] -> [...].
 
     "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
     sampled token y, with the advantage A = log q(y) - log p(y) held constant. Its
-    expected gradient is that of "reverse_kl". ValueError for another kind.
+    expected gradient is that of "reverse_kl". ValueError for another name.
     """
-    if kind == "reverse_kl":
+    if loss_name == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
-    if kind == "forward_kl":
+    if loss_name == "forward_kl":
         return forward_kl(student_logits, teacher_logits)
-    if kind != "sampled":
-        raise ValueError(f"unknown loss {kind!r}; choose from {', '.join(LOSSES)}")
+    if loss_name != "sampled":
+        raise ValueError(f"unknown loss {loss_name!r}; choose from {', '.join(LOSSES)}")
 
     y = tokens[..., None]
     logp = student_logits.float().log_softmax(-1).gather(-1, y).squeeze(-1)
@@ -248,24 +250,27 @@ def token_loss(kind, student_logits, teacher_logits, tokens):
 #
 #    If memory were no matter, and all prompts were equally long, it would be this:
 #
-#      ids = student.generate(prompts)
-#      student_logits = student(ids).logits        of the responses alone, [B, R, V]
-#      teacher_logits = teacher(ids).logits
-#      scores = measure(student_logits, teacher_logits, k)
-#      ranks = rank("teachability", scores, mask)
-#      keep = select(ranks, mask, budget)
+#      ids = student.generate(prompts)                       1. rollout
+#      student_logits = student(ids).logits[:, P - 1 : -1]   2. score: [B, R, V]
+#      teacher_logits = teacher(ids).logits[:, P - 1 : -1]
+#      scores = measure(student_logits, teacher_logits, tokens, k)
+#      ranks = rank("teachability", scores, mask)            3. rank
+#      keep = select(ranks, mask, budget)                    4. select
 #      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
-#      loss.backward()
+#      loss.backward()                                       5. update
 #      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #      optimizer.zero_grad()
 #
-#    But prompts are not equally long, two models often end a response differently, and
-#    logits are huge: V numbers for each position. So a model's layers run first, on a
-#    micro-batch of responses at a time. They give hidden states, which are small. From
-#    these, logits are made for a chunk of positions at a time, used and forgotten. The
-#    teacher reads the responses once. The student reads them twice: to score all of
-#    them, without gradient; then to train, with logits at the kept positions alone.
+#    It is longer for three reasons:
+#
+#    * Prompts are not equally long. They are padded on the left.
+#    * Two models often end a response with different tokens. `merge_ends` has to do
+#      with that.
+#    * Logits are huge: V numbers for each position. So a model's layers run first, and
+#      give hidden states, which are small. From these, logits are made for a chunk of
+#      positions at a time, used and forgotten. For the update, the student's layers run
+#      once more, with a gradient, and only the kept positions have logits.
 # ======================================================================================
 
 
@@ -290,62 +295,6 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
-
-
-def autocast():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def generate(model, ids, attention, settings):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with autocast():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
-def response_mask(is_end):  # [B, R] bool -> [B, R] bool
-    """True up to and including the first token that ends the response.
-
-    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
-    on, and what comes after it is padding, even if it looks like an end.
-    """
-    ends_before = is_end.cumsum(-1) - is_end.long()
-    return ends_before == 0
-
-
-def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
-    """One column for all tokens that end a response: that of end_ids[0].
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up. With the
-    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
-    """
-    if len(end_ids) < 2:
-        return logits
-    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
-    merged = logits.clone()
-    merged[:, own_ends] = -1e30  # probability 0; an infinity could make a nan
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
-    return merged
-
-
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter.
@@ -354,7 +303,10 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """
     for prompt in prompts:
         if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(f"a prompt must be a list of token ids, got {prompt!r}")
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r}"
+            )
 
     longest = max(len(prompt) for prompt in prompts)
     padding_id = 0  # any will do, since attention is 0 there
@@ -398,6 +350,45 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+
+
+def autocast():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate(model, ids, attention, settings):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with autocast():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
+    """
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
 
 
 def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
@@ -447,6 +438,23 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     return merged[:, : pair.vocab_size]
 
 
+def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
+    """One column for all tokens that end a response: that of end_ids[0].
+
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up. With the
+    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
+    """
+    if len(end_ids) < 2:
+        return logits
+    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
+    merged = logits.clone()
+    merged[:, own_ends] = -1e30  # probability 0; an infinity could make a nan
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
+    return merged
+
+
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
@@ -470,14 +478,11 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
 
 
 @torch.no_grad()
-def score(pair, batch, teacher_hidden, k, micro_batch_size, measuring=measure):
-    """`measuring` at every valid position, 0 elsewhere: {name: [B, R]}.
+def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
+    """What measure_fn measures, at every valid position, 0 elsewhere: {name: [B, R]}.
 
-    The student reads the batch here, without gradient. The teacher has read it already:
-    `teacher_hidden` is what `all_hidden_states` returned for it.
+    The hidden states [B, R, E] are what `all_hidden_states` returns for either model.
     """
-    student_hidden = all_hidden_states(pair.student, batch, micro_batch_size)
-
     # mask picks the N valid positions, row by row; each chunk has n of them.
     size = chunk_size(pair)
     student_chunks = student_hidden[batch.mask].split(size)
@@ -490,7 +495,7 @@ def score(pair, batch, teacher_hidden, k, micro_batch_size, measuring=measure):
     ):
         student_logits = next_token_logits(pair, pair.student, student_chunk)
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        measured = measuring(student_logits, teacher_logits, tokens, k)
+        measured = measure_fn(student_logits, teacher_logits, tokens, k)
         for name, values in measured.items():
             found[name].append(values)
 
@@ -502,18 +507,18 @@ def score(pair, batch, teacher_hidden, k, micro_batch_size, measuring=measure):
     return scores
 
 
-def chunk_loss(pair, kind, student_hidden, teacher_hidden, tokens):
+def chunk_loss(pair, loss_name, student_hidden, teacher_hidden, tokens):
     """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     with torch.no_grad():
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
-    return token_loss(kind, student_logits, teacher_logits, tokens).sum()
+    return token_loss(loss_name, student_logits, teacher_logits, tokens).sum()
 
 
-def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size):
+def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
-    `kind` is the loss, one of LOSSES. The student runs once more, now with a gradient.
+    `loss_name` is one of LOSSES. The student runs once more, now with a gradient.
     Returns the mean loss, and the norm of its gradient before that is clipped to norm
     1: two floats. If either is not finite, no step is taken: FloatingPointError.
     """
@@ -537,7 +542,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
             total = total + checkpoint(
                 chunk_loss,
                 pair,
-                kind,
+                loss_name,
                 student_chunk,
                 teacher_chunk,
                 token_chunk,
@@ -567,12 +572,12 @@ def update(pair, optimizer, batch, teacher_hidden, keep, kind, micro_batch_size)
 # ======================================================================================
 
 
-def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure):
+def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
     """Train the student in place. `args` are the program's flags, see `parse_args`.
 
     `resumed` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
-    ranks the positions in place of `rank`, and `measuring` adds to the scores what it
-    needs: a selection of your own.
+    ranks the positions in place of `rank`, and `measure_fn` adds to what `measure`
+    finds whatever the rule needs: a selection of your own.
     """
     student = pair.student
     optimizer = torch.optim.AdamW(
@@ -595,6 +600,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
     size = args.micro_batch_size
+    out.mkdir(parents=True, exist_ok=True)
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
@@ -608,22 +614,28 @@ def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure)
             example = examples[order[i % len(order)]]  # the same order in each epoch
             prompts.append(example["prompt"])
 
-        # The five parts of a step.
+        # 1. Rollout: the student writes.
         batch = rollout(pair, prompts, args.max_new_tokens)
         rollout_seconds = time.time() - started
 
-        # The teacher reads the responses once, for the scores and for the update.
+        # 2. Score: both models read what it wrote, and are compared at every token.
+        student_hidden = all_hidden_states(pair.student, batch, size)
         teacher_hidden = all_hidden_states(pair.teacher, batch, size)
-        scores = score(pair, batch, teacher_hidden, args.top_k, size, measuring)
+        scores = score(
+            pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn
+        )
 
+        # 3. Rank.
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
         else:
             ranks = rule(scores, batch.mask)
         check_ranks(ranks, batch.mask, name)
 
+        # 4. Select.
         keep = select(ranks, batch.mask, budget)
 
+        # 5. Update: the student reads once more, now with a gradient.
         try:
             loss, norm = update(
                 pair, optimizer, batch, teacher_hidden, keep, args.loss, size
@@ -634,7 +646,9 @@ def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure)
         line = {
             "step": step,
             "loss": loss,
-            **means_of(scores, batch),
+            **means_of(scores, batch.mask),
+            "mean_length": batch.mask.sum().item() / len(batch.mask),
+            "truncated": batch.truncated.float().mean().item(),
             "seconds": time.time() - started,
             "rollout_seconds": rollout_seconds,
             "kept": keep.sum().item(),
@@ -642,6 +656,8 @@ def train(pair, examples, args, out, resumed=None, rule=None, measuring=measure)
             "gradient_norm": norm,
             "lr": optimizer.param_groups[0]["lr"],
         }
+        for score_name, mean in means_of(scores, keep).items():
+            line[f"kept_{score_name}"] = mean
         log(out / "log.jsonl", line, args.steps)
         progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
 
@@ -667,22 +683,22 @@ def check_ranks(ranks, mask, name):  # [B, R], [B, R]
         warn(f"{name} ranks all positions alike, so the first ones are kept")
 
 
-def means_of(scores, batch):  # {name: [B, R]} -> {name: mean}
-    valid = batch.mask.sum().item()
+def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
     means = {}
     for name, values in scores.items():
-        means[name] = values.sum().item() / valid  # they are 0 where not valid
-    means["mean_length"] = valid / len(batch.mask)
-    means["truncated"] = batch.truncated.float().mean().item()
+        means[name] = values[where].double().mean().item()
     return means
 
 
-NOT_IN_TERMINAL = ("rollout_seconds", "kept", "valid", "gradient_norm", "lr")
+NOT_IN_TERMINAL = ("rollout_seconds", "valid", "gradient_norm", "lr")
 
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    columns = [name for name in line if name not in NOT_IN_TERMINAL]
+    columns = []
+    for name in line:
+        if name not in NOT_IN_TERMINAL and not name.startswith("kept"):
+            columns.append(name)
     with open(path, "a", encoding="utf-8") as file:
         if file.tell() == 0:  # nothing is written yet: first the heading
             show("  ".join(f"{name:>7}" for name in columns))
@@ -737,13 +753,14 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
+        student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
         teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
         scores = score(
             pair,
             batch,
+            student_hidden,
             teacher_hidden,
             args.top_k,
-            args.micro_batch_size,
             measure_held_out,
         )
         for name, values in scores.items():
@@ -1486,8 +1503,8 @@ def prepare(args):  # -> Pair, training examples, held-out examples
     return pair, training, held_out
 
 
-def main(args, rule=None, measuring=measure):
-    """Evaluate, train, save, evaluate. For `rule` and `measuring` see `train`."""
+def main(args, rule=None, measure_fn=measure):
+    """Evaluate, train, save, evaluate. For `rule` and `measure_fn` see `train`."""
     started = time.time()
     if rule is not None:
         args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
@@ -1501,7 +1518,7 @@ def main(args, rule=None, measuring=measure):
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
-        train(pair, training, args, out, resumed, rule, measuring)
+        train(pair, training, args, out, resumed, rule, measure_fn)
     except (KeyboardInterrupt, FloatingPointError) as stop:
         save(pair, out / "student")
         text = str(stop) or "interrupted"

@@ -336,9 +336,9 @@ def log_of_run(out):
 def run(store, tmp_path):
     """The program with these flags, into tmp_path / name -> its log."""
 
-    def main(name, *more, family="qwen3", rule=None, measuring=opd.measure):
+    def main(name, *more, family="qwen3", rule=None, measure_fn=opd.measure):
         args = opd.parse_args(flags(store, tmp_path / name, *more, family=family))
-        opd.main(args, rule, measuring)
+        opd.main(args, rule, measure_fn)
         return log_of_run(tmp_path / name)
 
     return main
@@ -442,9 +442,10 @@ def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [
     return torch.cat(student), torch.cat(teacher)
 
 
-def scores_of(pair, batch, k, size, *measuring):  # opd.score, after the teacher's pass
+def scores_of(pair, batch, k, size, *measure_fn):  # opd.score, after both passes
+    student_hidden = opd.all_hidden_states(pair.student, batch, size)
     teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-    return opd.score(pair, batch, teacher_hidden, k, size, *measuring)
+    return opd.score(pair, batch, student_hidden, teacher_hidden, k, *measure_fn)
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
@@ -1856,24 +1857,32 @@ def test_merging_the_ends_keeps_the_length_of_responses_in_training(
 
 
 def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch):
-    calls = recorded_rollouts(monkeypatch)
+    updates = []
+    real = opd.update
+
+    def update(pair, optimizer, batch, teacher_hidden, keep, *more):
+        updates.append((batch, keep))
+        return real(pair, optimizer, batch, teacher_hidden, keep, *more)
 
     def measure_more(student_logits, teacher_logits, tokens, k):
         scores = opd.measure(student_logits, teacher_logits, tokens, k)
         scores["teacher_entropy"] = opd.entropy(teacher_logits)
         scores["student_entropy"] = opd.entropy(student_logits)
-        scores["id_of_token"] = tokens.float()
+        scores["id"] = tokens.float()
         return scores
 
     plain = run("plain")
-    calls.clear()
-    more = run("more", measuring=measure_more)
-    for step, (line, old) in enumerate(zip(timeless(more), timeless(plain))):
-        batch = calls[1 + step][1]  # calls[0] is an evaluation
-        mean_id = batch.responses[batch.mask].float().mean().item()
-        assert line.pop("id_of_token") == pytest.approx(mean_id)
-        assert line.pop("student_entropy") == line["entropy"]
-        assert line.pop("teacher_entropy") > 0.1
+    monkeypatch.setattr(opd, "update", update)
+    more = run("more", measure_fn=measure_more)
+    for line, old, (batch, keep) in zip(timeless(more), timeless(plain), updates):
+        # The mean of all valid positions, and that of the kept ones.
+        ids = batch.responses.float()
+        assert line.pop("id") == pytest.approx(ids[batch.mask].mean().item())
+        assert line.pop("kept_id") == pytest.approx(ids[keep].mean().item())
+        for prefix in ("", "kept_"):
+            entropy = line[f"{prefix}entropy"]
+            assert line.pop(f"{prefix}student_entropy") == entropy
+            assert line.pop(f"{prefix}teacher_entropy") > 0.1
         assert line == old
 
 
@@ -3594,18 +3603,20 @@ def made_up(effect, c_of="before", contexts=60, each=30):
     n = len(context)
     before = {}
     after = {}
-    for scores in (before, after):
+    of_k = {}  # (K, before or after) -> D and C
+    for when, scores in (("before", before), ("after", after)):
         for k in (8, 16, 32):
-            scores[f"divergence, K={k}"] = generator.uniform(size=n)
-            scores[f"compatibility, K={k}"] = generator.uniform(size=n)
+            d = generator.uniform(size=n)
+            c = generator.uniform(size=n)
+            of_k[k, when] = {"divergence": d, "compatibility": c}
         for name in ("entropy", "teacher_entropy", *MEASURES):
             scores[name] = generator.uniform(size=n)
     before["position"] = generator.uniform(size=n)
     before["context"] = context
     before["token"] = generator.integers(0, 9, size=n)
 
-    c = {"before": before, "after": after}[c_of]["compatibility, K=16"]
-    learnable = before["divergence, K=16"] * c
+    c = of_k[16, c_of]["compatibility"]
+    learnable = of_k[16, "before"]["divergence"] * c
     gains = {}
     for name in MEASURES:
         of_context = 0.3 * generator.normal(size=contexts)
@@ -3623,6 +3634,8 @@ def made_up(effect, c_of="before", contexts=60, each=30):
         ks=[8, 16, 32],
         budget=0.1,
     )
+    before = {k: {**before, **of_k[k, "before"]} for k in args.ks}
+    after = {k: {**after, **of_k[k, "after"]} for k in args.ks}
     return before, after, gains, args
 
 
@@ -3687,12 +3700,12 @@ def contrast_by_loops(inside, c, gain):
 class Recomputed:
     """The features of the made-up positions, with plain Python."""
 
-    def __init__(self, before, after, k):
+    def __init__(self, before, after):
         self.h = self.tilde(before["entropy"])
         self.teacher = self.tilde(before["teacher_entropy"])
-        self.d = self.tilde(before[f"divergence, K={k}"])
-        self.c = self.tilde(before[f"compatibility, K={k}"])
-        self.c_after = self.tilde(after[f"compatibility, K={k}"])
+        self.d = self.tilde(before["divergence"])
+        self.c = self.tilde(before["compatibility"])
+        self.c_after = self.tilde(after["compatibility"])
         self.position = before["position"]
         self.q3 = sure_yet_in_disagreement(self.h, self.d)
 
@@ -3731,8 +3744,8 @@ def test_the_decomposition_is_that_of_a_plain_recomputation(planted, planted_tab
     for k in (8, 16, 32):
         explained = planted_tables[f"{EXPLAINED} K={k}"]
         assert list(explained) == [*MEASURES, "relative"]
-        plain = Recomputed(before, after, k)
-        for name, outcome in four_outcomes(before, gains).items():
+        plain = Recomputed(before[k], after[k])
+        for name, outcome in four_outcomes(before[16], gains).items():
             slopes, r2 = slopes_by_lstsq(plain.split(plain.c), outcome)
             _, unsplit_r2 = slopes_by_lstsq(plain.unsplit(), outcome)
             cells = explained[name]
@@ -3748,8 +3761,8 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
     for k in (8, 16, 32):
         leaked = planted_tables[f"{LEAKED} K={k}"]
         assert len(leaked) == 8
-        plain = Recomputed(before, after, k)
-        for name, outcome in four_outcomes(before, gains).items():
+        plain = Recomputed(before[k], after[k])
+        for name, outcome in four_outcomes(before[16], gains).items():
             for when, c in (("before", plain.c), ("after", plain.c_after)):
                 slopes, _ = slopes_by_lstsq(plain.split(c), outcome)
                 gap = slopes[1] - slopes[2]
@@ -3762,7 +3775,7 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
 def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
     for k, title in THIRDS.items():
-        plain = Recomputed(before, after, k)
+        plain = Recomputed(before[k], after[k])
         thirds = groups_by_loops(plain.q3, plain.c, 3)
         labels = ["least compatible", "middle", "most compatible"]
         found = planted_tables[title]
@@ -3776,7 +3789,7 @@ def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_t
         assert list(found["most - least"]) == list(MEASURES)
         assert values(found["most - least"]) == pytest.approx(expected, abs=1e-6)
 
-    plain = Recomputed(before, after, 16)
+    plain = Recomputed(before[16], after[16])
     parts = {"learnable": plain.d * plain.c, "incompatible": plain.d * (1 - plain.c)}
     for part, feature in parts.items():
         quarters = planted_tables[QUARTERS.format(part)]
@@ -3789,7 +3802,7 @@ def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_t
 
 def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
-    plain = Recomputed(before, after, 16)
+    plain = Recomputed(before[16], after[16])
     orders = {
         "D": plain.d,
         "learnable": plain.d * plain.c,
@@ -3809,7 +3822,7 @@ def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_t
 def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, args = planted
     tokens = planted_tables["What each method would keep at 10%, K=16"]
-    plain = Recomputed(before, after, 16)
+    plain = Recomputed(before[16], after[16])
     learnable = plain.d * plain.c
     n = len(plain.d)
     generator = torch.Generator().manual_seed(args.seed)
@@ -3834,7 +3847,7 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
             found = planted_tables[kept_at(share)]
             assert list(found) == list(opd.METHODS)
             assert values(found[method]) == pytest.approx(expected, abs=1e-6)
-        counts = Counter(before["token"][sorted(best)].tolist())
+        counts = Counter(before[16]["token"][sorted(best)].tolist())
         texts = []
         for token, count in counts.most_common(5):
             texts.append(f"'t{token}' {count / len(best):.0%}")
@@ -3844,7 +3857,7 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
 def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tables):
     # Features, ranks and groups are those of the sample; their members are drawn.
     before, after, gains, args = planted
-    plain = Recomputed(before, after, 16)
+    plain = Recomputed(before[16], after[16])
     X = np.column_stack([np.ones(1800), *map(z, plain.split(plain.c))])
     gain = gains["overlap"]
     learnable = plain.d * plain.c
@@ -3859,7 +3872,7 @@ def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tabl
     quarters = []
     correlations = []
     means = []
-    for at in drawn(before["context"], args.bootstrap, args.seed):
+    for at in drawn(before[16]["context"], args.bootstrap, args.seed):
         slopes = np.linalg.lstsq(X[at], z(gain)[at], rcond=None)[0]
         gaps.append(slopes[2] - slopes[3])
         most = np.mean([gain[i] for i in at if i in highest])
@@ -3890,14 +3903,14 @@ def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
     # a response without one there is nothing here: 7 of 25 contexts have one at most.
     before, *_ = made_up(0.0, contexts=25, each=4)
     for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
-        kept = diagnose.kept_by(method, before, 16, budget, seed=0)
+        kept = diagnose.kept_by(method, before[16], budget, seed=0)
         assert kept.sum() == (100 if method == "full" else expected)
 
 
 def test_what_is_kept_by_chance_depends_on_the_seed():
     before, *_ = made_up(0.0, contexts=20, each=10)
-    one = diagnose.kept_by("random", before, 16, 0.1, seed=1)
-    two = diagnose.kept_by("random", before, 16, 0.1, seed=2)
+    one = diagnose.kept_by("random", before[16], 0.1, seed=1)
+    two = diagnose.kept_by("random", before[16], 0.1, seed=2)
     assert (one != two).any()
 
 
@@ -3940,7 +3953,7 @@ def test_an_absent_effect_is_not_found():
 def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
     before, after, gains, args = made_up(1.0, c_of="after")
     args.bootstrap = 200
-    leaked = diagnose.leak(before, after, gains, 16, args)
+    leaked = diagnose.leak(before[16], after[16], gains, args)
     for name in MEASURES:
         before_gap, before_contrast = leaked[f"C before, {name}"].values()
         after_gap, after_contrast = leaked[f"C after, {name}"].values()
@@ -3953,7 +3966,7 @@ def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
 
 def test_a_constant_feature_is_named_instead_of_printing_nan():
     before, after, gains, args = made_up(0.0)
-    before["teacher_entropy"][:] = 1
+    before[16]["teacher_entropy"][:] = 1
     with pytest.raises(ValueError, match="teacher_entropy is the same"):
         tabulated(before, after, gains, args)
 
@@ -3984,7 +3997,7 @@ def measured(store, tmp_path_factory):
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     _, (report, positions, page) = measured
-    contexts = [line["before"]["context"] for line in positions]
+    contexts = [line["before"]["K=16"]["context"] for line in positions]
     assert report["args"]["contexts"] == 12 == report["args"]["eval_prompts"]
     assert sorted(set(contexts)) == list(range(12))
     assert report["summary"].startswith(f"12 contexts, {len(positions)} positions. ")
@@ -4053,21 +4066,20 @@ def after_merging(probabilities, ends):
     return merged
 
 
-def measured_by_loops(p, q, tokens):  # -> {name: what positions.jsonl should say}
+def measured_by_loops(p, q, tokens, k):  # -> {name: what positions.jsonl should say}
+    union = top(p, k) | top(q, k)
     found = {
         "forward_kl": kl(q, p),
         "reverse_kl": kl(p, q),
         "overlap": sum(map(min, p, q)),
         "entropy": -sum(x * math.log(x) for x in p),
         "teacher_entropy": -sum(x * math.log(x) for x in q),
+        "divergence": kl(restricted(q, union), restricted(p, union)),
+        "compatibility": sum(q[v] for v in top(p, k)),
     }
     for who, probabilities in (("student", p), ("teacher", q)):
         likeliest = sorted(range(len(p)), key=lambda v: -probabilities[v])[:5]
         found[f"{who}_choices"] = [tokens[v] for v in likeliest]
-    for k in (8, 16, 32):
-        union = top(p, k) | top(q, k)
-        found[f"divergence, K={k}"] = kl(restricted(q, union), restricted(p, union))
-        found[f"compatibility, K={k}"] = sum(q[v] for v in top(p, k))
     return found
 
 
@@ -4082,8 +4094,11 @@ def check_positions(positions, prompts, before, after):
     ends = before.end_ids
     tokens = [v for v in range(V) if v not in ends[1:]]
     for number, prompt in enumerate(prompts):
-        here = [line for line in positions if line["before"]["context"] == number]
-        ids = [line["before"]["token"] for line in here]
+        here = []
+        for line in positions:
+            if line["before"]["K=16"]["context"] == number:
+                here.append(line)
+        ids = [line["before"]["K=16"]["token"] for line in here]
         student0, teacher = own_logits(before, prompt, ids)
         student1, _ = own_logits(after, prompt, ids)
         logits = zip(here, rows(student0), rows(student1), rows(teacher))
@@ -4091,20 +4106,23 @@ def check_positions(positions, prompts, before, after):
             p0 = after_merging(softmax(p0), ends)
             p1 = after_merging(softmax(p1), ends)
             q = after_merging(softmax(q), ends)
-            expected = measured_by_loops(p0, q, tokens)
-            later = measured_by_loops(p1, q, tokens)
-            gain = {"overlap": later["overlap"] - expected["overlap"]}
-            for name in ("forward_kl", "reverse_kl"):
-                gain[name] = expected[name] - later[name]
-            expected["position"] = t / max(len(here) - 1, 1)
-            expected["token"] = ids[t]
-            expected["context"] = number
-
             assert set(line) == {"text", "before", "after", "gain"}
             assert line["text"] == before.tokenizer.decode(ids[t])
-            check_numbers(line["before"], expected)
-            check_numbers(line["after"], later)
-            check_numbers(line["gain"], gain)
+            ks = {"K=8", "K=16", "K=32"}
+            assert set(line["before"]) == set(line["after"]) == ks
+            for k in (8, 16, 32):
+                expected = measured_by_loops(p0, q, tokens, k)
+                later = measured_by_loops(p1, q, tokens, k)
+                gain = {"overlap": later["overlap"] - expected["overlap"]}
+                for name in ("forward_kl", "reverse_kl"):
+                    gain[name] = expected[name] - later[name]
+                for scores in (expected, later):
+                    scores["position"] = t / max(len(here) - 1, 1)
+                    scores["token"] = ids[t]
+                    scores["context"] = number
+                check_numbers(line["before"][f"K={k}"], expected)
+                check_numbers(line["after"][f"K={k}"], later)
+                check_numbers(line["gain"], gain)
 
 
 def test_every_position_says_what_loops_over_both_models_say(store, measured):
@@ -4119,11 +4137,12 @@ def test_every_position_says_what_loops_over_both_models_say(store, measured):
     check_positions(positions, prompts, before, after)
 
     # The student has changed: no figure of before can pass for one of after.
-    name = "compatibility, K=8"
     moved = 0
     for line in positions:
         assert abs(line["gain"]["forward_kl"]) > 1e-3
-        moved += abs(line["after"][name] - line["before"][name]) > 1e-2
+        c_before = line["before"]["K=8"]["compatibility"]
+        c_after = line["after"]["K=8"]["compatibility"]
+        moved += abs(c_after - c_before) > 1e-2
     assert moved > len(positions) / 4
 
 
@@ -4182,7 +4201,7 @@ def test_features_come_from_before_training_alone(store, measured, tmp_path):
     assert of_before(other) == of_before(positions)
     # The teacher as the trained student leaves no distance to the teacher.
     for line in other:
-        before = line["before"]
+        before = line["before"]["K=16"]
         for name in ("forward_kl", "reverse_kl"):
             assert line["gain"][name] == pytest.approx(before[name], abs=1e-5)
         rise = 1 - before["overlap"]
@@ -4195,7 +4214,7 @@ def test_an_unchanged_student_gains_nothing(measured, unchanged):
     assert of_before(same) == of_before(positions)
     for line in same:
         assert line["gain"] == {name: 0 for name in MEASURES}
-        assert line["after"].items() <= line["before"].items()
+        assert line["after"] == line["before"]
     assert "not changed" in report["summary"]
 
 
@@ -4280,7 +4299,7 @@ def test_what_was_measured_is_kept_though_a_table_cannot_be_made(
         opd.run(diagnose.main, args)
     positions = (tmp_path / "out" / "positions.jsonl").read_text()
     lines = [json.loads(line) for line in positions.splitlines()]
-    assert [line["before"]["position"] for line in lines] == [0] * 5
+    assert [line["before"]["K=16"]["position"] for line in lines] == [0] * 5
 
 
 def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
@@ -4327,9 +4346,10 @@ def test_the_page_shows_a_hostile_token_and_does_not_run_it():
 
     before, after, _, args = made_up(0.0, contexts=5, each=40)
     args.bootstrap = 20
-    before["student_choices"] = before["teacher_choices"] = before["token"][:, None]
+    choices = before[16]["token"][:, None]
+    before[16]["student_choices"] = before[16]["teacher_choices"] = choices
     tables = diagnose.all_tables(before, after, args, decode)
-    responses = diagnose.token_map([[1]] * 5, before, after, 16, decode)
+    responses = diagnose.token_map([[1]] * 5, before[16], after[16], decode)
     page = diagnose.as_page(tables, hostile, responses)
 
     assert "<script" not in page
@@ -4365,15 +4385,15 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
     before = {
         "token": np.array([7, 8]),
         "entropy": np.array([0.0, 1.25]),
-        "divergence, K=4": np.array([0.0, 2.25]),
-        "compatibility, K=4": np.array([0.0, 0.5]),
+        "divergence": np.array([0.0, 2.25]),
+        "compatibility": np.array([0.0, 0.5]),
         "student_choices": np.array([[0, 0], [1, 2]]),
         "teacher_choices": np.array([[0, 0], [2, 3]]),
     }
     gains = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
     numbers = "entropy 1.25   divergence 2.25   compatibility 0.50"
     gained = "gain in overlap -0.500   gain in reverse_kl +0.125"
-    assert diagnose.tooltip(1, before, gains, 4, decode_number).splitlines() == [
+    assert diagnose.tooltip(1, before, gains, decode_number).splitlines() == [
         f"'t8'   {numbers}   {gained}",
         "student: 't1'  't2'",
         "teacher: 't2'  't3'",
@@ -4382,14 +4402,15 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
 
 def test_the_map_has_both_colours_of_the_first_contexts():
     before, after, gains, _ = made_up(0.0, contexts=20, each=10)
+    before, after = before[16], after[16]
     before["student_choices"] = before["teacher_choices"] = before["token"][:, None]
-    page = diagnose.token_map([[1]] * 20, before, after, 16, decode_number)
+    page = diagnose.token_map([[1]] * 20, before, after, decode_number)
     spans = []
     for _, attributes in Elements(page).found:
         if attributes.get("class") == "token":
             spans.append(attributes)
     assert len(spans) == 12 * 10
-    plain = Recomputed(before, after, 16)
+    plain = Recomputed(before, after)
     learnable = plain.d * plain.c
     incompatible = plain.d * (1 - plain.c)
     for i, attributes in enumerate(spans):
@@ -4460,10 +4481,11 @@ def test_the_evidence_tables_follow_from_reports_and_from_positions(
 
     # Without the teacher's entropy, the last column, the slopes are others.
     before = {}
-    for name in positions[0]["before"]:
-        before[name] = np.array([line["before"][name] for line in positions])
+    for name in positions[0]["before"]["K=16"]:
+        values_of = [line["before"]["K=16"][name] for line in positions]
+        before[name] = np.array(values_of)
     gain = np.array([line["gain"]["reverse_kl"] for line in positions])
-    plain = Recomputed(before, before, 16)
+    plain = Recomputed(before, before)
     slopes, _ = slopes_by_lstsq(plain.split(plain.c)[:-1], gain)
     found = tables["regression"](folder / "out", "teacher_entropy")
     expected = [*slopes, slopes[1] - slopes[2]]

@@ -62,12 +62,12 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     for line in (folder / "positions.jsonl").read_text().splitlines():
         lines.append(json.loads(line))
     before = {}
-    for name in lines[0]["before"]:
-        before[name] = np.array([line["before"][name] for line in lines])
+    for name in lines[0]["before"]["K=16"]:
+        before[name] = np.array([line["before"]["K=16"][name] for line in lines])
     gain = np.array([line["gain"]["reverse_kl"] for line in lines])
 
     names = [name for name in diagnose.REGRESSORS if name != without]
-    X = diagnose.design(diagnose.make_features(before, 16), names)
+    X = diagnose.design(diagnose.make_features(before), names)
     Y = diagnose.zscore(gain)
 
     def slopes_and_gap(X, Y):
