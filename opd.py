@@ -265,8 +265,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #    It is longer for three reasons:
 #
 #    * Prompts are not equally long. They are padded on the left.
-#    * Two models often end a response with different tokens. `merge_ends` has to do
-#      with that.
+#    * Two models often end a response with different tokens. `merge_ends` makes one
+#      event of these.
 #    * Logits are huge: V numbers for each position. So a model's layers run first, and
 #      give hidden states, which are small. From these, logits are made for a chunk of
 #      positions at a time, used and forgotten. For the update, the student's layers run
@@ -297,27 +297,9 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt, from p itself: no filter.
-
-    ValueError for prompts that are not lists of token ids.
-    """
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r}"
-            )
-
-    longest = max(len(prompt) for prompt in prompts)
-    padding_id = 0  # any will do, since attention is 0 there
-    ids = []
-    attention = []
-    for prompt in prompts:
-        missing = longest - len(prompt)
-        ids.append([padding_id] * missing + prompt)
-        attention.append([0] * missing + [1] * len(prompt))
-    ids = torch.tensor(ids, device=pair.student.device)  # [B, P]
-    attention = torch.tensor(attention, device=pair.student.device)  # [B, P]
+    """The student samples a response to each prompt, from p itself: no filter."""
+    ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
+    prompt_length = ids.shape[1]
 
     # The student may have more outputs than its teacher (Qwen2.5 models have 151,936 or
     # 152,064, with one tokenizer). What the teacher cannot predict is never sampled,
@@ -332,24 +314,49 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         top_p=1.0,  # off
         max_new_tokens=max_new_tokens,
         eos_token_id=pair.end_ids or None,
-        pad_token_id=padding_id,
+        pad_token_id=PADDING,
         suppress_tokens=sorted(forbidden) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
-    responses = ids[:, longest:]  # [B, R]
+    responses = ids[:, prompt_length:]  # [B, R]
     is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))  # [B, R]
     if pair.end_ids:  # whichever token ends a response, it is counted as end_ids[0]
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
-        ids=torch.cat([ids[:, :longest], responses], -1),
+        ids=torch.cat([ids[:, :prompt_length], responses], -1),
         # Also 1 after an end: the models are causal, so nothing valid looks there.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
+
+
+PADDING = 0  # any token id will do, since attention is 0 there
+
+
+def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
+    """Prompts of one length, which end together, so that responses start together.
+
+    ValueError for prompts that are not lists of token ids.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r}"
+            )
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = []
+    attention = []
+    for prompt in prompts:
+        missing = longest - len(prompt)
+        ids.append([PADDING] * missing + prompt)
+        attention.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
