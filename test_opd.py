@@ -2,12 +2,12 @@
 
 To understand a training step, read `plain_step`, right below: the same step without
 padding, micro-batches and chunks, one position at a time. Expected values are loops in
-plain Python or numbers worked out by hand. In this order (the first three to learn
+plain Python or numbers worked out by hand. In this order (the first two to learn
 from, the others to look things up):
 
   the plain step, and an example of three tokens
-  helpers: tiny models, prompts, runs of the program
   the mathematics, function by function; it grades the assignment
+  helpers: tiny models, prompts, runs of the program
   the step: rollout, the end of a response, scores, gradient
   the program: training, evaluation, interruptions
   models, prompts and answers, bad input, the terminal, the demo
@@ -186,7 +186,7 @@ def plain_step(
 
 
 # ======================================================================================
-# Helpers: formulas, tiny models, prompts and runs
+# Helpers: formulas, random logits, a check that says what is wrong
 # ======================================================================================
 
 
@@ -241,216 +241,6 @@ def places(grid):
 
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def tokenizer_of(size=V, word="w", **special):
-    words = {"<eos>": 0, "<s>": 1, "<end>": 2}
-    for i in range(3, size):
-        words[f"{word}{i}"] = i
-    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"eos_token": "<eos>", "pad_token": "<eos>", **special}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-
-
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "eos_token_id": 0,
-    "bos_token_id": None,
-}
-
-
-def model_of(family, seed=0, vocab=V, width=16, scale=3.0, **more):
-    torch.manual_seed(seed)
-    settings = {**SIZES, "vocab_size": vocab, "hidden_size": width, "pad_token_id": 0}
-    settings |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
-    if family != "gpt2":
-        settings["intermediate_size"] = 32
-    config = transformers.AutoConfig.for_model(family, **{**settings, **more})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    # Otherwise every distribution is flat.
-    model.get_output_embeddings().weight.data.mul_(scale)
-    return model
-
-
-def change(file, **values):  # some entries of a JSON file
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def put(folder, model, tokenizer=None):
-    model.save_pretrained(folder)
-    (tokenizer or tokenizer_of()).save_pretrained(folder)
-    return str(folder)
-
-
-def uneven_pair(folder):
-    """Two models far apart, whose responses end after different numbers of tokens."""
-    pair = [model_of("qwen3", seed, scale=12.0).eval() for seed in (0, 1)]
-    for role, model in zip(("student", "teacher"), pair):
-        model.generation_config.eos_token_id = list(range(12))
-        put(folder / role, model)
-    return pair
-
-
-def prompts_file(path, count=12):
-    dice = random.Random(0)
-    with open(path, "w") as file:
-        for i in range(count):
-            words = [f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5)]
-            record = {"prompt": " ".join(words), "answer": f"w{3 + i}"}
-            file.write(json.dumps(record) + "\n")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for family in ("qwen3", "llama", "gpt2"):
-        put(folder / f"{family}-student", model_of(family, seed=1))
-        width = 24 if family == "gpt2" else 16
-        put(folder / f"{family}-teacher", model_of(family, seed=2, width=width))
-    prompts_file(folder / "prompts.jsonl")
-    return folder
-
-
-def flags(store, out, *more, family="qwen3"):
-    text = (
-        f"--student {store}/{family}-student --teacher {store}/{family}-teacher "
-        f"--prompts {store}/prompts.jsonl --steps 3 --batch-size 4 --max-new-tokens 6 "
-        f"--lr 1e-3 --eval-prompts 4 --device cpu --out {out}"
-    )
-    return text.split() + [str(flag) for flag in more]
-
-
-def log_of_run(out):
-    lines = (Path(out) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-@pytest.fixture
-def run(store, tmp_path):
-    """The program with these flags, into tmp_path / name -> its log."""
-
-    def main(name, *more, family="qwen3", rule=None, measure_fn=opd.measure):
-        args = opd.parse_args(flags(store, tmp_path / name, *more, family=family))
-        opd.main(args, rule, measure_fn)
-        return log_of_run(tmp_path / name)
-
-    return main
-
-
-def summary_of(out):
-    return json.loads((out / "summary.json").read_text())
-
-
-def weights_of(folder):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    )
-    return model.state_dict()
-
-
-def load_weights(folder):
-    return flat(weights_of(folder).values())
-
-
-def same_weights(a, b):
-    return torch.equal(load_weights(a), load_weights(b))
-
-
-@contextmanager
-def one_line(capsys, says, status=2):
-    """What stands inside must stop with this status and one clear line at the end."""
-    with pytest.raises(SystemExit) as stop:
-        yield
-    error = capsys.readouterr().err
-    assert stop.value.code == status
-    assert "Traceback" not in error
-    assert error.startswith("error: ") or error.count("\nerror: ") == 1
-    assert re.search(says, error.strip().splitlines()[-1])
-
-
-def finite(log):
-    return all(math.isfinite(value) for line in log for value in line.values())
-
-
-def timeless(log):
-    lines = []
-    for line in log:
-        kept = {name: line[name] for name in line if "seconds" not in name}
-        lines.append(kept)
-    return lines
-
-
-def load(store, family="qwen3", **more):
-    student = f"{store}/{family}-student"
-    return opd.load_pair(student, f"{store}/{family}-teacher", **more)
-
-
-@pytest.fixture(scope="session")
-def loaded(store):  # for tests that change nothing about it
-    return load(store)
-
-
-PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
-
-
-def draw(pair, prompts=PROMPTS, length=6):
-    torch.manual_seed(0)
-    return opd.rollout(pair, prompts, length)
-
-
-def own_logits(pair, prompt, response):
-    """Those of both models that predict the response: whole, alone, no padding."""
-    ids = torch.tensor([prompt + response])
-    return [model(ids).logits[0, len(prompt) - 1 : -1] for model in pair[:2]]
-
-
-def one_by_one(pair, prompts, batch):  # -> student's logits, teacher's, response
-    for row, mask, prompt in zip(batch.responses, batch.mask, prompts):
-        response = row[mask].tolist()
-        yield *own_logits(pair, prompt, response), response
-
-
-def recorded_rollouts(monkeypatch):
-    calls = []
-    real = opd.rollout
-
-    def rollout(pair, prompts, length):
-        batch = real(pair, prompts, length)
-        calls.append((prompts, batch))
-        return batch
-
-    monkeypatch.setattr(opd, "rollout", rollout)
-    return calls
-
-
-def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
-    chunks = []
-
-    def measure(student_logits, teacher_logits, tokens, k):
-        chunks.append((student_logits, teacher_logits))
-        return {}
-
-    scores_of(pair, batch, 3, 2, measure)
-    student, teacher = zip(*chunks)
-    return torch.cat(student), torch.cat(teacher)
-
-
-def scores_of(pair, batch, k, size, *measure_fn):  # opd.score, after both passes
-    student_hidden = opd.all_hidden_states(pair.student, batch, size)
-    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-    return opd.score(pair, batch, student_hidden, teacher_hidden, k, *measure_fn)
-
-
-def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
-    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-    return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
 # ======================================================================================
@@ -1228,6 +1018,221 @@ def test_response_mask_ends_with_the_first_of_several_ends_even_if_they_pad():
     is_end = (responses == 2) | (responses == 9)
     assert opd.response_mask(is_end).sum(1).tolist() == [3, 1, 5, 1]
     assert opd.response_mask(responses == 7).all()
+
+
+# ======================================================================================
+# Helpers for all that follows: tiny models, prompts and runs of the program
+# ======================================================================================
+
+
+def tokenizer_of(size=V, word="w", **special):
+    words = {"<eos>": 0, "<s>": 1, "<end>": 2}
+    for i in range(3, size):
+        words[f"{word}{i}"] = i
+    inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<eos>", "pad_token": "<eos>", **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+
+
+def model_of(family, seed=0, vocab=V, width=16, scale=3.0, **more):
+    torch.manual_seed(seed)
+    settings = {**SIZES, "vocab_size": vocab, "hidden_size": width, "pad_token_id": 0}
+    settings |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
+    if family != "gpt2":
+        settings["intermediate_size"] = 32
+    config = transformers.AutoConfig.for_model(family, **{**settings, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Otherwise every distribution is flat.
+    model.get_output_embeddings().weight.data.mul_(scale)
+    return model
+
+
+def change(file, **values):  # some entries of a JSON file
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def put(folder, model, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or tokenizer_of()).save_pretrained(folder)
+    return str(folder)
+
+
+def uneven_pair(folder):
+    """Two models far apart, whose responses end after different numbers of tokens."""
+    pair = [model_of("qwen3", seed, scale=12.0).eval() for seed in (0, 1)]
+    for role, model in zip(("student", "teacher"), pair):
+        model.generation_config.eos_token_id = list(range(12))
+        put(folder / role, model)
+    return pair
+
+
+def prompts_file(path, count=12):
+    dice = random.Random(0)
+    with open(path, "w") as file:
+        for i in range(count):
+            words = [f"w{dice.randint(3, V - 1)}" for _ in range(1 + i % 5)]
+            record = {"prompt": " ".join(words), "answer": f"w{3 + i}"}
+            file.write(json.dumps(record) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("qwen3", "llama", "gpt2"):
+        put(folder / f"{family}-student", model_of(family, seed=1))
+        width = 24 if family == "gpt2" else 16
+        put(folder / f"{family}-teacher", model_of(family, seed=2, width=width))
+    prompts_file(folder / "prompts.jsonl")
+    return folder
+
+
+def flags(store, out, *more, family="qwen3"):
+    text = (
+        f"--student {store}/{family}-student --teacher {store}/{family}-teacher "
+        f"--prompts {store}/prompts.jsonl --steps 3 --batch-size 4 --max-new-tokens 6 "
+        f"--lr 1e-3 --eval-prompts 4 --device cpu --out {out}"
+    )
+    return text.split() + [str(flag) for flag in more]
+
+
+def log_of_run(out):
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    """The program with these flags, into tmp_path / name -> its log."""
+
+    def main(name, *more, family="qwen3", rule=None, measure_fn=opd.measure):
+        args = opd.parse_args(flags(store, tmp_path / name, *more, family=family))
+        opd.main(args, rule, measure_fn)
+        return log_of_run(tmp_path / name)
+
+    return main
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def weights_of(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    return model.state_dict()
+
+
+def load_weights(folder):
+    return flat(weights_of(folder).values())
+
+
+def same_weights(a, b):
+    return torch.equal(load_weights(a), load_weights(b))
+
+
+@contextmanager
+def one_line(capsys, says, status=2):
+    """What stands inside must stop with this status and one clear line at the end."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    error = capsys.readouterr().err
+    assert stop.value.code == status
+    assert "Traceback" not in error
+    assert error.startswith("error: ") or error.count("\nerror: ") == 1
+    assert re.search(says, error.strip().splitlines()[-1])
+
+
+def finite(log):
+    return all(math.isfinite(value) for line in log for value in line.values())
+
+
+def timeless(log):
+    lines = []
+    for line in log:
+        kept = {name: line[name] for name in line if "seconds" not in name}
+        lines.append(kept)
+    return lines
+
+
+def load(store, family="qwen3", **more):
+    student = f"{store}/{family}-student"
+    return opd.load_pair(student, f"{store}/{family}-teacher", **more)
+
+
+@pytest.fixture(scope="session")
+def loaded(store):  # for tests that change nothing about it
+    return load(store)
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [5], [10, 11, 12]]
+
+
+def draw(pair, prompts=PROMPTS, length=6):
+    torch.manual_seed(0)
+    return opd.rollout(pair, prompts, length)
+
+
+def own_logits(pair, prompt, response):
+    """Those of both models that predict the response: whole, alone, no padding."""
+    ids = torch.tensor([prompt + response])
+    return [model(ids).logits[0, len(prompt) - 1 : -1] for model in pair[:2]]
+
+
+def one_by_one(pair, prompts, batch):  # -> student's logits, teacher's, response
+    for row, mask, prompt in zip(batch.responses, batch.mask, prompts):
+        response = row[mask].tolist()
+        yield *own_logits(pair, prompt, response), response
+
+
+def recorded_rollouts(monkeypatch):
+    calls = []
+    real = opd.rollout
+
+    def rollout(pair, prompts, length):
+        batch = real(pair, prompts, length)
+        calls.append((prompts, batch))
+        return batch
+
+    monkeypatch.setattr(opd, "rollout", rollout)
+    return calls
+
+
+def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
+    chunks = []
+
+    def measure(student_logits, teacher_logits, tokens, k):
+        chunks.append((student_logits, teacher_logits))
+        return {}
+
+    scores_of(pair, batch, 3, 2, measure)
+    student, teacher = zip(*chunks)
+    return torch.cat(student), torch.cat(teacher)
+
+
+def scores_of(pair, batch, k, size, *measure_fn):  # opd.score, after both passes
+    student_hidden = opd.all_hidden_states(pair.student, batch, size)
+    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+    return opd.score(pair, batch, student_hidden, teacher_hidden, k, *measure_fn)
+
+
+def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
+    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+    return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
 # ======================================================================================
