@@ -156,7 +156,7 @@ def measure_contexts(pair, batches, args):  # -> {K: {name: [N]}}
 
 def load_trained(pair, args):  # -> Pair with the student of --after
     """Step 3 for a student trained earlier. InputError if it does not fit --student."""
-    student, tokenizer, _ = opd.load_model(
+    student, tokenizer = opd.load_model(
         "--after", args.after, torch.float32, args.device
     )
     shapes = [weight.shape for weight in student.parameters()]
@@ -291,8 +291,8 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 #                    0, and teachability keeps "17", which gains .9.
 #    explain         The gain rises with the learnable part, not with the incompatible
 #                    one: the first has the larger slope.
-#    compare_thirds  The student is sure of "17" and of "gets". The more compatible of
-#                    the two gains more.
+#    compare_thirds  Of positions with low entropy and high D, say "17" and "gets", the
+#                    more compatible one gains more.
 #    leak            Suppose that "gets" gained, too. If what it learned is among the
 #                    trained student's top K, a C from after training is 1 there, and
 #                    the gain is put down to the learnable part.
@@ -544,7 +544,8 @@ def all_tables(before, after, args, decode):  # -> a list of tables
 
     add(
         f"Mean gain of the 10% that each method would keep, K={k}",
-        "Of all contexts together, equally many for each method; full keeps all.",
+        "Of all contexts together, equally many for each method; full keeps all. Of "
+        "equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
         gain_of_kept(before[k], gains, 0.1, args),
         printed=True,
     )

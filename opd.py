@@ -9,7 +9,7 @@ One training step (the loop in `train`):
 
   1. rollout  the student samples a response to each prompt
   2. score    at every response position, compare both models' next-token predictions:
-              entropy H: how unsure the student is
+              entropy H: how unsure the student is (some other rules use it)
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
@@ -69,7 +69,8 @@ def reverse_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     """KL(student || teacher) = sum_v p(v) (log p(v) - log q(v)), in nats.
 
     The loss of on-policy distillation. Mode seeking: it punishes what the student says
-    and the teacher would not. It does not punish what the student leaves out.
+    and the teacher would not. Towards a token that the student would never say, it has
+    hardly any gradient.
     """
     logp = student_logits.float().log_softmax(-1)
     logq = teacher_logits.float().log_softmax(-1)
@@ -140,7 +141,7 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     return torch.where(mask, scaled.clamp(0, 1), 0.0)
 
 
-METHODS = (  # by what --select ranks, with H, D and C rescaled to [0, 1]
+METHODS = (  # and what each ranks by. H, D and C are rescaled to [0, 1] first
     "full",  # nothing: every position is kept. Plain on-policy distillation
     "teachability",  # D * C: the method of the paper
     "teachability_entropy",  # a soft OR of H and D * C: h + d * c - h * d * c
@@ -250,14 +251,19 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #
 #    If memory were no matter, and all prompts were equally long, it would be this:
 #
-#      ids = student.generate(prompts)                       1. rollout
-#      student_logits = student(ids).logits[:, P - 1 : -1]   2. score: [B, R, V]
+#      # 1. Rollout. `tokens` are the responses', `mask` is True where they are valid.
+#      ids = student.generate(prompts, do_sample=True, top_k=0, top_p=1.0)
+#      # 2. Score.
+#      student_logits = student(ids).logits[:, P - 1 : -1]   [B, R, V]
 #      teacher_logits = teacher(ids).logits[:, P - 1 : -1]
 #      scores = measure(student_logits, teacher_logits, tokens, k)
-#      ranks = rank("teachability", scores, mask)            3. rank
-#      keep = select(ranks, mask, budget)                    4. select
+#      # 3. Rank.
+#      ranks = rank("teachability", scores, mask)
+#      # 4. Select.
+#      keep = select(ranks, mask, budget)
+#      # 5. Update.
 #      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
-#      loss.backward()                                       5. update
+#      loss.backward()
 #      clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #      optimizer.zero_grad()
@@ -274,13 +280,23 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 # ======================================================================================
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False
+)
+PADDING = 0  # any token id will do, since attention is 0 there
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
+
+
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made and checked by `load_pair`."""
 
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # of all tokens that end a response; both models know the first
+    end_ids: (
+        list  # all tokens that end a response, in order; both models know the first
+    )
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
@@ -293,6 +309,38 @@ class Rollout(NamedTuple):
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
+
+
+def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
+    """Prompts of one length, which end together, so that responses start together.
+
+    ValueError for prompts that are not lists of token ids.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r}"
+            )
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = []
+    attention = []
+    for prompt in prompts:
+        missing = longest - len(prompt)
+        ids.append([PADDING] * missing + prompt)
+        attention.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+
+
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
+    """
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
 
 
 @torch.no_grad()
@@ -321,8 +369,9 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
 
     responses = ids[:, prompt_length:]  # [B, R]
-    is_end = torch.isin(responses, torch.tensor(pair.end_ids).to(responses))  # [B, R]
-    if pair.end_ids:  # whichever token ends a response, it is counted as end_ids[0]
+    end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
+    is_end = torch.isin(responses, end_ids)  # [B, R]
+    if pair.end_ids:  # whichever token ends a response, it is counted as the first
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :prompt_length], responses], -1),
@@ -332,37 +381,6 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
-
-
-PADDING = 0  # any token id will do, since attention is 0 there
-
-
-def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
-    """Prompts of one length, which end together, so that responses start together.
-
-    ValueError for prompts that are not lists of token ids.
-    """
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r}"
-            )
-
-    longest = max(len(prompt) for prompt in prompts)
-    ids = []
-    attention = []
-    for prompt in prompts:
-        missing = longest - len(prompt)
-        ids.append([PADDING] * missing + prompt)
-        attention.append([0] * missing + [1] * len(prompt))
-    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
-)
 
 
 def autocast():
@@ -386,16 +404,6 @@ def generate(model, ids, attention, settings):
             )
     finally:
         model.generation_config = own_config
-
-
-def response_mask(is_end):  # [B, R] bool -> [B, R] bool
-    """True up to and including the first token that ends the response.
-
-    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
-    on, and what comes after it is padding, even if it looks like an end.
-    """
-    ends_before = is_end.cumsum(-1) - is_end.long()
-    return ends_before == 0
 
 
 def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
@@ -462,9 +470,6 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
     return merged
 
 
-LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
-
-
 def chunk_size(pair):  # -> how many positions have logits at once
     return max(1, LOGITS_AT_ONCE // pair.vocab_size)
 
@@ -491,10 +496,10 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     The hidden states [B, R, E] are what `all_hidden_states` returns for either model.
     """
     # mask picks the N valid positions, row by row; each chunk has n of them.
-    size = chunk_size(pair)
-    student_chunks = student_hidden[batch.mask].split(size)
-    teacher_chunks = teacher_hidden[batch.mask].split(size)
-    token_chunks = batch.responses[batch.mask].split(size)
+    at_once = chunk_size(pair)
+    student_chunks = student_hidden[batch.mask].split(at_once)
+    teacher_chunks = teacher_hidden[batch.mask].split(at_once)
+    token_chunks = batch.responses[batch.mask].split(at_once)
 
     found = defaultdict(list)
     for student_chunk, teacher_chunk, tokens in zip(
@@ -509,7 +514,8 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     scores = {}
     for name, chunks in found.items():
         values = torch.cat(chunks)
-        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
+        shape = batch.mask.shape + values.shape[1:]  # often [B, R] + []
+        scores[name] = values.new_zeros(shape)
         scores[name][batch.mask] = values  # back to their places: the same order
     return scores
 
@@ -530,7 +536,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     1: two floats. If either is not finite, no step is taken: FloatingPointError.
     """
     number_kept = keep.sum()  # in the whole batch
-    size = chunk_size(pair)
+    at_once = chunk_size(pair)
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -541,11 +547,12 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 
         total = 0.0
         for student_chunk, teacher_chunk, token_chunk in zip(
-            student_kept.split(size), teacher_kept.split(size), tokens.split(size)
+            student_kept.split(at_once),
+            teacher_kept.split(at_once),
+            tokens.split(at_once),
         ):
             # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits,
-            # and makes them again when the gradient needs them. (Where nothing was kept
-            # there is one empty chunk, and its loss is 0.)
+            # and makes them again when the gradient needs them.
             total = total + checkpoint(
                 chunk_loss,
                 pair,
@@ -583,8 +590,8 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     """Train the student in place. `args` are the program's flags, see `parse_args`.
 
     `resumed` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
-    ranks the positions in place of `rank`, and `measure_fn` adds to what `measure`
-    finds whatever the rule needs: a selection of your own.
+    ranks the positions in place of `rank`, and measure_fn(...) measures in place of
+    `measure`, whose result it must contain: a selection of your own.
     """
     student = pair.student
     optimizer = torch.optim.AdamW(
@@ -606,7 +613,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
-    size = args.micro_batch_size
+    micro_batch = args.micro_batch_size
     out.mkdir(parents=True, exist_ok=True)
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
@@ -626,8 +633,8 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         rollout_seconds = time.time() - started
 
         # 2. Score: both models read what it wrote, and are compared at every token.
-        student_hidden = all_hidden_states(pair.student, batch, size)
-        teacher_hidden = all_hidden_states(pair.teacher, batch, size)
+        student_hidden = all_hidden_states(pair.student, batch, micro_batch)
+        teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch)
         scores = score(
             pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn
         )
@@ -645,7 +652,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         # 5. Update: the student reads once more, now with a gradient.
         try:
             loss, norm = update(
-                pair, optimizer, batch, teacher_hidden, keep, args.loss, size
+                pair, optimizer, batch, teacher_hidden, keep, args.loss, micro_batch
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
@@ -743,9 +750,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     lengths = []
     truncated = []
     measured = defaultdict(list)
-    size = 4 * args.batch_size  # without gradients more fit in at once
-    for start in tqdm(range(0, len(examples), size), "evaluating", disable=None):
-        part = examples[start : start + size]
+    batch_size = 4 * args.batch_size  # without gradients more fit in at once
+    for start in tqdm(range(0, len(examples), batch_size), "evaluating", disable=None):
+        part = examples[start : start + batch_size]
         batch = rollout(
             pair, [example["prompt"] for example in part], args.max_new_tokens
         )
@@ -812,7 +819,7 @@ def describe(error):  # in one line, with its type unless the text is our own
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
+def load_model(flag, path, dtype, device):  # -> model, tokenizer
     """Load one model and check that it is what the file at `path` says.
 
     InputError, naming `flag` and `path`, for whatever cannot be used.
@@ -842,10 +849,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer, end ids
     except Exception as error:  # OSError, ImportError, SafetensorError, the device's
         raise InputError(f"{flag} {path} on {device}: {describe(error)}") from error
 
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    ends.add(tokenizer.eos_token_id)
-    return model, tokenizer, ends - {None, -1}  # some configs write -1 for none
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -909,35 +913,59 @@ def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # ->
 
     InputError for models that cannot be used, or that do not share a vocabulary.
     """
-    student, tokenizer, student_ends = load_model(
-        "--student", student_path, torch.float32, device
-    )
+    student, tokenizer = load_model("--student", student_path, torch.float32, device)
+    check_trainable(student, f"--student {student_path}")
+
     teacher_dtype = torch.bfloat16 if BF16 and "cuda" in device else torch.float32
-    teacher, teacher_tokenizer, teacher_ends = load_model(
+    teacher, teacher_tokenizer = load_model(
         "--teacher", teacher_path, teacher_dtype, device
     )
-    teacher.requires_grad_(False)
+    check_vocabularies(tokenizer, teacher_tokenizer)
+    return join(student, teacher, tokenizer, teacher_tokenizer, temperature)
 
-    for name, weight in student.named_parameters():
+
+def make_pair(student, teacher, tokenizer, temperature=1.0):  # -> Pair
+    """A pair of two models in memory, on one device, which share this tokenizer.
+
+    InputError for models that cannot be used.
+    """
+    check_logits(student)
+    check_logits(teacher)
+    check_trainable(student, "the student")
+    return join(student, teacher, tokenizer, tokenizer, temperature)
+
+
+def check_trainable(student, name):
+    for weight_name, weight in student.named_parameters():
         if weight.dtype != torch.float32 or not weight.requires_grad:
             raise InputError(
-                f"--student {student_path}: {name} cannot be trained (quantised, "
-                "frozen, an adapter's); give a model with all weights as plain floats"
+                f"{name}: {weight_name} cannot be trained (quantised, frozen, an "
+                "adapter's); give a model with all weights as plain float32"
             )
 
-    check_vocabularies(tokenizer, teacher_tokenizer)
 
-    student_rows = len(student.get_output_embeddings().weight)
-    teacher_rows = len(teacher.get_output_embeddings().weight)
-    vocab_size = min(student_rows, teacher_rows)
+def join(student, teacher, tokenizer, teacher_tokenizer, temperature):  # -> Pair
+    """The vocabulary and the ends that both models share."""
+    teacher.requires_grad_(False)
+    student_outputs = len(student.get_output_embeddings().weight)
+    teacher_outputs = len(teacher.get_output_embeddings().weight)
+    vocab_size = min(student_outputs, teacher_outputs)
 
     # A base student may end the way its chat teacher does. In order, so that the first
     # lies in the shared vocabulary if any does.
-    end_ids = sorted(student_ends | teacher_ends)
+    ends = ends_of(student, tokenizer) | ends_of(teacher, teacher_tokenizer)
+    end_ids = sorted(ends)
     if not end_ids or end_ids[0] >= vocab_size:
         warn("no token that ends a response is known to both; all run to the limit")
         end_ids = []
     return Pair(student, teacher, tokenizer, end_ids, vocab_size, temperature)
+
+
+def ends_of(model, tokenizer):  # -> set of token ids
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends.add(tokenizer.eos_token_id)
+    return ends - {None, -1}  # some configs write -1 for none
 
 
 def check_vocabularies(student_tokenizer, teacher_tokenizer):

@@ -2584,6 +2584,33 @@ def test_a_student_that_is_not_trainable_as_assumed_is_refused_at_once(
         load(store)
 
 
+def test_two_models_in_memory_make_the_pair_that_their_files_make(store):
+    loaded = load(store)
+    teacher = loaded.teacher.requires_grad_(True)
+    made = opd.make_pair(loaded.student, teacher, loaded.tokenizer, temperature=0.7)
+    assert made.end_ids == loaded.end_ids != []
+    assert made.vocab_size == loaded.vocab_size
+    assert made.temperature == 0.7
+    assert not any(weight.requires_grad for weight in made.teacher.parameters())
+
+
+@pytest.mark.parametrize("fault", ["frozen", "bf16", "capped"])
+def test_two_models_in_memory_are_checked_as_those_of_files_are(store, fault):
+    pair = load(store)
+    weight = pair.student.model.norm.weight
+    says = "the student: model.norm.weight cannot be trained"
+    if fault == "frozen":
+        weight.requires_grad_(False)
+    if fault == "bf16":
+        pair.student.bfloat16()
+        says = "the student: model.* cannot be trained"
+    if fault == "capped":
+        pair.teacher.config.final_logit_softcapping = 5.0
+        says = "final_logit_softcapping"
+    with pytest.raises(opd.InputError, match=says):
+        opd.make_pair(pair.student, pair.teacher, pair.tokenizer)
+
+
 def test_the_teacher_is_frozen_and_the_student_is_not(store):
     pair = load(store)
     assert all(weight.requires_grad for weight in pair.student.parameters())
@@ -4780,8 +4807,8 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
         gradient = []
         for x, y in zip(p, q):
             gradient.append(x * (math.log(x / y) - kl(p, q)))
-        assert row[:2] == pytest.approx(scores[1:], abs=6e-4)
-        assert row[2:] == pytest.approx(gradient, abs=6e-4)
+        expected = [scores[1], scores[2], kl(p, q), *gradient]
+        assert row == pytest.approx(expected, abs=6e-4)
 
     # The table below the block has what it prints; the text has what is rescaled.
     rows = re.findall(r"^\| (?:agrees|wants)[^|]*\|(.*)\|$", README, re.M)
