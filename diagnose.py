@@ -58,13 +58,13 @@ def main(args):
         prompts.append(example["prompt"])
 
     batches = freeze(pair, prompts, args)
-    before = measure_contexts(pair, batches, args)
+    before_at = measure_contexts(pair, batches, args)  # {K: {name: [N]}}
     if trained is None:
         opd.train(pair, training, args, out)  # with --select full, by default
-        trained = pair  # its student was trained in place; `before` are numbers
-    after = measure_contexts(trained, batches, args)
+        trained = pair  # its student was trained in place; before_at has numbers
+    after_at = measure_contexts(trained, batches, args)
 
-    report(pair, prompts, len(held_out), before, after, args, out)
+    report(pair, prompts, len(held_out), before_at, after_at, args, out)
 
 
 # ======================================================================================
@@ -447,7 +447,7 @@ def explain(before, gains, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D: of the four quarters that their medians make, Q3."""
+    """Low entropy and high D, split at their medians: the paper calls it Q3."""
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
@@ -528,10 +528,10 @@ def rank_correlations(before, gains, args):  # -> rows
 # ======================================================================================
 
 
-def all_tables(before, after, args, decode):  # -> a list of tables
+def all_tables(before_at, after_at, args, decode):  # -> a list of tables
     """Everything that the report says in numbers, and how to read it.
 
-    `before` and `after` are {K: {name: [N]}}. Some are printed; the page has all.
+    before_at and after_at are {K: {name: [N]}}. Some are printed; the page has all.
     """
     tables = []
 
@@ -540,13 +540,13 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         tables.append(table)
 
     k = args.top_k
-    gains = gains_of(before[k], after[k])  # they do not depend on K
+    gains = gains_of(before_at[k], after_at[k])  # the same for each K
 
     add(
         f"Mean gain of the 10% that each method would keep, K={k}",
         "Of all contexts together, equally many for each method; full keeps all. Of "
         "equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
-        gain_of_kept(before[k], gains, 0.1, args),
+        gain_of_kept(before_at[k], gains, 0.1, args),
         printed=True,
     )
     add(
@@ -555,7 +555,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
         "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: "
         "the share of the gain that is explained, with D in two parts and unsplit.",
-        explain(before[k], gains, args),
+        explain(before_at[k], gains, args),
         printed=True,
     )
     add(
@@ -563,7 +563,7 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "Mean gain of the positions with entropy at most, and D at least, its median, "
         "in three equal groups, from the lowest C to the highest. If the last "
         "row is above 0, more is gained where the teacher's advice is more compatible.",
-        compare_thirds(before[k], gains, args),
+        compare_thirds(before_at[k], gains, args),
         printed=True,
     )
     add(
@@ -571,30 +571,30 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         "C before: as in the other tables. C after is a leak: by then, what was "
         "learned stands in the trained student's top K, so C knows what it is asked to "
         "predict. Only C before can choose positions. most - least: as in Q3 above.",
-        leak(before[k], after[k], gains, args),
+        leak(before_at[k], after_at[k], gains, args),
         printed=True,
     )
     add(
         f"Rank correlation with the gain, K={k}",
         "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-        rank_correlations(before[k], gains, args),
+        rank_correlations(before_at[k], gains, args),
     )
     for budget in (0.03, 0.05):
         add(
             f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
             "As above, for a smaller budget.",
-            gain_of_kept(before[k], gains, budget, args),
+            gain_of_kept(before_at[k], gains, budget, args),
         )
     add(
         f"What each method would keep at 10%, K={k}",
         "Its most frequent tokens, and their share.",
-        kept_tokens(before[k], 0.1, args.seed, decode),
+        kept_tokens(before_at[k], 0.1, args.seed, decode),
     )
     for part in ("learnable", "incompatible"):
         add(
             f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
             "Mean gain, from the quarter with the least of it to that with the most.",
-            compare_quarters(before[k], gains, part, args),
+            compare_quarters(before_at[k], gains, part, args),
         )
     for other in args.ks:
         if other == k:
@@ -602,26 +602,26 @@ def all_tables(before, after, args, decode):  # -> a list of tables
         add(
             f"What explains the gain? K={other}",
             "As above, with another number of top tokens.",
-            explain(before[other], gains, args),
+            explain(before_at[other], gains, args),
         )
         add(
             f"If C were measured after training, K={other}",
             "As above, with another number of top tokens.",
-            leak(before[other], after[other], gains, args),
+            leak(before_at[other], after_at[other], gains, args),
         )
         add(
             f"Sure, yet in disagreement, K={other}",
             "As above, with another number of top tokens.",
-            compare_thirds(before[other], gains, args),
+            compare_thirds(before_at[other], gains, args),
         )
     return tables
 
 
-def what_was_measured(held_out, before, after, args):  # -> text
+def what_was_measured(held_out_count, before, after, args):  # -> text
     positions = len(before["forward_kl"])
     text = f"{args.contexts} contexts, {positions} positions. "
-    text += f"{held_out} held-out prompts"
-    if held_out < args.contexts:
+    text += f"{held_out_count} held-out prompts"
+    if held_out_count < args.contexts:
         text += ", some repeated (which the intervals ignore)"
     if args.after:
         text += f"; the trained student is {args.after}"
@@ -661,13 +661,13 @@ def as_text(table):  # -> its rows, for a terminal of 100 columns
     return "\n".join([*lines, as_quote(table["reading"])])
 
 
-def position_lines(before, after, k, decode):  # -> the text of positions.jsonl
+def position_lines(before_at, after_at, k, decode):  # -> the text of positions.jsonl
     """One object for each position, with all that was measured there, for each K."""
-    gains = gains_of(before[k], after[k])
+    gains = gains_of(before_at[k], after_at[k])
     lines = []
-    for i, token in enumerate(before[k]["token"].tolist()):
+    for i, token in enumerate(before_at[k]["token"].tolist()):
         line = {"text": decode(token), "gain": values_at(gains, i)}
-        for part, measured in (("before", before), ("after", after)):
+        for part, measured in (("before", before_at), ("after", after_at)):
             line[part] = {}
             for other, scores in measured.items():
                 line[part][f"K={other}"] = values_at(scores, i)
@@ -682,16 +682,16 @@ def values_at(scores, i):  # {name: [N]} -> {name: number}
     return values
 
 
-def report(pair, prompts, held_out, before, after, args, out):
+def report(pair, prompts, held_out_count, before_at, after_at, args, out):
     """Step 5: write the files, then print, so that a broken terminal harms nothing."""
     # First what took long to measure: a table may fail, as with too few positions.
     decode = pair.tokenizer.decode
     k = args.top_k
-    lines = position_lines(before, after, k, decode)
+    lines = position_lines(before_at, after_at, k, decode)
     opd.write_file(out / "positions.jsonl", lines)
 
-    summary = what_was_measured(held_out, before[k], after[k], args)
-    tables = all_tables(before, after, args, decode)
+    summary = what_was_measured(held_out_count, before_at[k], after_at[k], args)
+    tables = all_tables(before_at, after_at, args, decode)
     content = {
         "summary": summary,
         "tables": tables,
@@ -704,7 +704,7 @@ def report(pair, prompts, held_out, before, after, args, out):
     }
     opd.write_file(out / "report.json", json.dumps(content))
 
-    responses = token_map(prompts, before[k], after[k], decode)
+    responses = token_map(prompts, before_at[k], after_at[k], decode)
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
     opd.show(summary)
