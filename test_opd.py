@@ -21,6 +21,7 @@ begin with test_mathematics_, against a my_opd.py that `.evidence/assignment.py`
 import gzip
 import html.parser
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -47,6 +48,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import diagnose
 
 opd = importlib.import_module(os.environ.get("OPD", "opd"))
+
+
+def graded(function):
+    """The same function; while it is not written yet, a test fails with one line."""
+
+    def call(*arguments, **more):
+        try:
+            return function(*arguments, **more)
+        except NotImplementedError as error:
+            message = str(error)
+        pytest.fail(message, pytrace=False)
+
+    return call
+
+
+if "OPD" in os.environ:
+    for name, value in list(vars(opd).items()):
+        if inspect.isfunction(value) and value.__module__ == opd.__name__:
+            setattr(opd, name, graded(value))
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
