@@ -199,10 +199,13 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     Ties go to the earlier position, row by row. Then each response of which nothing was
     kept gets its best position, which may exceed the budget. For example, with ranks
     [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
-    and .7 are kept, then .3, too. ValueError for a budget outside (0, 1].
+    and .7 are kept, then .3, too. ValueError for a budget
+    outside (0, 1], and for other shapes.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
+    if ranks.dim() != 2 or ranks.shape != mask.shape:
+        raise ValueError(f"ranks and mask must be [B, R], got {list(ranks.shape)}")
     valid = mask.flatten().nonzero().squeeze(-1)  # [N] indices into the flat batch
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
@@ -261,7 +264,7 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #      ranks = rank("teachability", scores, mask)
 #      # 4. Select.
 #      keep = select(ranks, mask, budget)
-#      # 5. Update.
+#      # 5. Update. (The program makes these logits again, see below.)
 #      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
 #      loss.backward()
 #      clip_grad_norm_(student.parameters(), 1.0)
@@ -284,7 +287,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
     including_emulation=False
 )
-PADDING = 0  # any token id will do, since attention is 0 there
+PADDING = 0  # any token id will do: nothing valid looks there, see `rollout`
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
@@ -294,9 +297,7 @@ class Pair(NamedTuple):
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: (
-        list  # all tokens that end a response, in order; both models know the first
-    )
+    end_ids: list  # all tokens that end a response; both models know the first
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
@@ -366,7 +367,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         suppress_tokens=sorted(forbidden) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
-    ids = generate(pair.student, ids, attention, settings)  # [B, P + R]
+    ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
 
     responses = ids[:, prompt_length:]  # [B, R]
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
@@ -383,12 +384,12 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def autocast():
+def bf16_on_gpu():
     """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
-def generate(model, ids, attention, settings):
+def generate_with_only(settings, model, ids, attention):
     """model.generate() with these settings, and none of the checkpoint's own.
 
     A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
@@ -398,7 +399,7 @@ def generate(model, ids, attention, settings):
     own_config = model.generation_config
     model.generation_config = settings
     try:
-        with autocast():
+        with bf16_on_gpu():
             return model.generate(
                 ids, attention_mask=attention, generation_config=settings
             )
@@ -415,7 +416,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
     attention = batch.attention[rows]
     # Positions count from 0 at a prompt's first token, not at the padding before it.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    with autocast():  # in bf16 on a GPU
+    with bf16_on_gpu():  # in bf16 on a GPU
         output = model.base_model(  # all of the model but its output head
             batch.ids[rows],
             attention_mask=attention,
@@ -446,7 +447,7 @@ def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
 
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     """The logits that define p or q everywhere: float32, at the pair's temperature."""
-    with autocast():
+    with bf16_on_gpu():
         logits = model.get_output_embeddings()(hidden)
     logits = logits.float() / pair.temperature
     merged = merge_ends(logits, pair.end_ids)  # first, as an end may lie beyond V
@@ -536,6 +537,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     1: two floats. If either is not finite, no step is taken: FloatingPointError.
     """
     number_kept = keep.sum()  # in the whole batch
+    if number_kept == 0:
+        raise ValueError("no position is kept: there is nothing to train on")
     at_once = chunk_size(pair)
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
@@ -609,7 +612,6 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     elif name == "full":
         budget = 1
 
-    # Each step has a seed of its own, so that a resumed run goes on bit for bit.
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
 
@@ -618,6 +620,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
+        # Each step has a seed of its own, so that a resumed run goes on bit for bit.
         step_seed = args.seed * 1_000_003 + step
         torch.manual_seed(step_seed)  # for the rollout
         generator.manual_seed(step_seed)  # for --select random
@@ -878,7 +881,8 @@ def check_logits(model):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    generated = generate(model, torch.cat([padding, prompt], -1), attention, settings)
+    left_padded = torch.cat([padding, prompt], -1)
+    generated = generate_with_only(settings, model, left_padded, attention)
     drawn = torch.cat(generated.logits).float()  # [R, output rows]
     ids = generated.sequences[:, padding.shape[1] :]
     no_padding = torch.ones_like(ids)
@@ -939,8 +943,8 @@ def check_trainable(student, name):
     for weight_name, weight in student.named_parameters():
         if weight.dtype != torch.float32 or not weight.requires_grad:
             raise InputError(
-                f"{name}: {weight_name} cannot be trained (quantised, frozen, an "
-                "adapter's); give a model with all weights as plain float32"
+                f"{name}: {weight_name} cannot be trained (frozen, in half "
+                "precision, quantised, an adapter's); all weights must be plain float32"
             )
 
 

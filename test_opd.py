@@ -1425,7 +1425,7 @@ def test_under_bf16_autocast_the_update_is_that_of_float32_but_for_rounding(
     batch = draw(pair)
     exact_logits, _ = logits_of(pair, batch)
     exact = gradient(pair, batch, batch.mask, 3)
-    with torch.autocast("cpu", torch.bfloat16):  # what opd.autocast does on a GPU
+    with torch.autocast("cpu", torch.bfloat16):  # what opd.bf16_on_gpu does on a GPU
         p, q = logits_of(pair, batch)
         rounded = gradient(pair, batch, batch.mask, 3)
     assert p.dtype == torch.float32
@@ -1921,6 +1921,19 @@ def test_what_you_measure_may_have_several_numbers_for_each_position(store):
     found = scores_of(pair, batch, 3, 2, two_numbers)["both"]
     expected = batch.responses * batch.mask
     assert torch.equal(found, torch.stack([expected, 2 * expected], -1))
+
+
+def test_an_update_with_no_position_kept_is_refused(store):
+    pair = load(store)
+    batch = draw(pair)
+    with pytest.raises(ValueError, match="no position is kept"):
+        update_of(pair, batch, torch.zeros_like(batch.mask), 2)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6, 1), (2, 3)])
+def test_ranks_of_another_shape_than_the_mask_are_refused_by_select(shape):
+    with pytest.raises(ValueError, match=r"must be \[B, R\]"):
+        opd.select(torch.rand(shape), torch.ones(1, 6) > 0, 0.5)
 
 
 @pytest.mark.parametrize("wrong", ["nan", "shape"])
