@@ -57,13 +57,21 @@ def main(args):
         example = held_out[i % len(held_out)]  # from the start again if too few
         prompts.append(example["prompt"])
 
+    # 1. Freeze contexts.
     batches = freeze(pair, prompts, args)
+
+    # 2. Measure them before training.
     before_at = measure_contexts(pair, batches, args)  # {K: {name: [N]}}
+
+    # 3. Train, on all positions (--select full) unless asked otherwise.
     if trained is None:
-        opd.train(pair, training, args, out)  # with --select full, by default
-        trained = pair  # its student was trained in place; before_at has numbers
+        opd.train(pair, training, args, out)
+        trained = pair  # its student is another one now
+
+    # 4. Measure the same contexts again.
     after_at = measure_contexts(trained, batches, args)
 
+    # 5. Report.
     report(pair, prompts, len(held_out), before_at, after_at, args, out)
 
 
@@ -279,7 +287,7 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 # 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
 #    cell is an estimate, a number or a text.
 #
-#    What the paper expects, on three positions, with D and C rescaled to [0, 1]:
+#    What the paper expects, on three made-up positions. D and C are rescaled to [0, 1]:
 #
 #                            D     C    learnable    incompatible    gain
 #                                         D * C       D * (1 - C)
@@ -460,7 +468,7 @@ def thirds_and_contrast(gains, thirds):  # [n, F], [n, 3] bool -> [4, F]
 
 
 def compare_thirds(before, gains, args):  # -> rows
-    """Of the sure yet in disagreement: does the gain rise with the compatibility?"""
+    """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
     thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
     found = bootstrap(
@@ -475,7 +483,7 @@ def compare_thirds(before, gains, args):  # -> rows
 
 
 def compare_quarters(before, gains, part, args):  # -> rows
-    """Of the sure yet in disagreement: does it rise with one part of D?"""
+    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
     quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
     found = bootstrap(
@@ -500,11 +508,11 @@ def leak(before, after, gains, args):  # -> rows
     leaky = {**before, "compatibility": after["compatibility"]}
 
     rows = {}
-    for c_is_of, scores in (("before", before), ("after", leaky)):
+    for when, scores in (("before", before), ("after", leaky)):
         explained = explain(scores, gains, args)
         thirds = compare_thirds(scores, with_relative(gains, before), args)
         for name in explained:
-            rows[f"C {c_is_of}, {name}"] = {
+            rows[f"C {when}, {name}"] = {
                 "gap": explained[name]["gap"],
                 "most - least": thirds["most - least"][name],
             }

@@ -128,11 +128,11 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
     Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12.
     """
+    # numpy's quantile, since torch.quantile refuses more than 16 million values.
     valid = values[mask].float().cpu().numpy()
     if len(valid) == 0:
         return torch.zeros_like(values, dtype=torch.float32)
 
-    # numpy's quantile, since torch.quantile refuses more than 16 million values.
     low, high = numpy.quantile(valid, [0.05, 0.95])
     if high - low < 1e-12:
         return torch.zeros_like(values, dtype=torch.float32)
@@ -141,7 +141,8 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     return torch.where(mask, scaled.clamp(0, 1), 0.0)
 
 
-METHODS = (  # and what each ranks by. H, D and C are rescaled to [0, 1] first
+# The methods, and what each ranks by. H, D and C are rescaled to [0, 1] first.
+METHODS = (
     "full",  # nothing: every position is kept. Plain on-policy distillation
     "teachability",  # D * C: the method of the paper
     "teachability_entropy",  # a soft OR of H and D * C: h + d * c - h * d * c
@@ -257,7 +258,7 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #      # 1. Rollout. `tokens` are the responses', `mask` is True where they are valid.
 #      ids = student.generate(prompts, do_sample=True, top_k=0, top_p=1.0)
 #      # 2. Score.
-#      student_logits = student(ids).logits[:, P - 1 : -1]   [B, R, V]
+#      student_logits = student(ids).logits[:, P - 1 : -1]  # [B, R, V]
 #      teacher_logits = teacher(ids).logits[:, P - 1 : -1]
 #      scores = measure(student_logits, teacher_logits, tokens, k)
 #      # 3. Rank.
@@ -334,6 +335,17 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
 
+def never_sampled(pair):  # -> token ids
+    """What the teacher cannot predict, but for tokens that end a response.
+
+    The student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
+    152,064, with one tokenizer.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
 def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     """True up to and including the first token that ends the response.
 
@@ -350,12 +362,6 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
     prompt_length = ids.shape[1]
 
-    # The student may have more outputs than its teacher (Qwen2.5 models have 151,936 or
-    # 152,064, with one tokenizer). What the teacher cannot predict is never sampled,
-    # unless it ends a response.
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    forbidden = set(range(pair.vocab_size, student_outputs)) - set(pair.end_ids)
-
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=pair.temperature,
@@ -364,7 +370,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         max_new_tokens=max_new_tokens,
         eos_token_id=pair.end_ids or None,
         pad_token_id=PADDING,
-        suppress_tokens=sorted(forbidden) or None,
+        suppress_tokens=never_sampled(pair) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
@@ -478,8 +484,8 @@ def chunk_size(pair):  # -> how many positions have logits at once
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     """What is measured at n positions, from their logits [n, V] and sampled tokens [n].
 
-    The log shows the mean of each, over all valid positions. A selection rule of your
-    own may need more: tokens, for example, are there for it.
+    The log shows the means. To measure more, for a selection rule of your own, see
+    `measure_fn` in `train`: it gets the same arguments.
     """
     return {
         # The loss of full on-policy distillation: the curve to watch in the log.
@@ -515,7 +521,7 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     scores = {}
     for name, chunks in found.items():
         values = torch.cat(chunks)
-        shape = batch.mask.shape + values.shape[1:]  # often [B, R] + []
+        shape = batch.mask.shape + values.shape[1:]  # [B, R], or more if [n, ...]
         scores[name] = values.new_zeros(shape)
         scores[name][batch.mask] = values  # back to their places: the same order
     return scores
@@ -827,6 +833,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer
 
     InputError, naming `flag` and `path`, for whatever cannot be used.
     """
+    transformers.logging.disable_progress_bar()  # of loading, and of saving later
     try:  # weights from safetensors alone, and no code from the model's folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=False
@@ -1593,7 +1600,6 @@ def fail(message, status=2):
 
 def run(program, *arguments):
     """Call the program. What stops it from outside gets one line and no traceback."""
-    transformers.logging.disable_progress_bar()  # of loading and saving
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a token may not exist in their encoding
             stream.reconfigure(errors="replace")
