@@ -200,8 +200,8 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     Ties go to the earlier position, row by row. Then each response of which nothing was
     kept gets its best position, which may exceed the budget. For example, with ranks
     [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
-    and .7 are kept, then .3, too. ValueError for a budget
-    outside (0, 1], and for other shapes.
+    and .7 are kept, then .3, too. ValueError for other shapes, or a budget outside
+    (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -622,6 +622,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     order = torch.randperm(len(examples), generator=generator).tolist()
 
     micro_batch = args.micro_batch_size
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
@@ -648,6 +649,9 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
             pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn
         )
 
+        if "kl_all" not in scores:
+            raise ValueError("measure_fn must return what measure does, and may add")
+
         # 3. Rank.
         if rule is None:
             ranks = rank(args.select, scores, batch.mask, generator)
@@ -669,18 +673,12 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         line = {
             "step": step,
             "loss": loss,
-            **means_of(scores, batch.mask),
-            "mean_length": batch.mask.sum().item() / len(batch.mask),
-            "truncated": batch.truncated.float().mean().item(),
+            **summarize(scores, batch, keep),
             "seconds": time.time() - started,
             "rollout_seconds": rollout_seconds,
-            "kept": keep.sum().item(),
-            "valid": batch.mask.sum().item(),
             "gradient_norm": norm,
             "lr": optimizer.param_groups[0]["lr"],
         }
-        for score_name, mean in means_of(scores, keep).items():
-            line[f"kept_{score_name}"] = mean
         log(out / "log.jsonl", line, args.steps)
         progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
 
@@ -704,6 +702,17 @@ def check_ranks(ranks, mask, name):  # [B, R], [B, R]
         raise ValueError(f"{name} must return numbers, and returned nan")
     if name != "full" and (ranks[mask] == ranks[mask][0]).all():
         warn(f"{name} ranks all positions alike, so the first ones are kept")
+
+
+def summarize(scores, batch, keep):  # -> {name: number}, for the log
+    summary = means_of(scores, batch.mask)
+    summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
+    summary["truncated"] = batch.truncated.float().mean().item()
+    summary["valid"] = batch.mask.sum().item()
+    summary["kept"] = keep.sum().item()
+    for name, mean in means_of(scores, keep).items():
+        summary[f"kept_{name}"] = mean
+    return summary
 
 
 def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
@@ -940,6 +949,8 @@ def make_pair(student, teacher, tokenizer, temperature=1.0):  # -> Pair
 
     InputError for models that cannot be used.
     """
+    if student is teacher:
+        raise InputError("student and teacher are one object; load the model twice")
     check_logits(student)
     check_logits(teacher)
     check_trainable(student, "the student")
@@ -1436,6 +1447,7 @@ def check_demo():
     # threads than free cores, a step took four times as long.
     torch.set_num_threads(1)
     if not PAIR.exists():
+        show("Building the demo's two models, once. It takes a minute or two.")
         build_pair()
     for name in ("student", "teacher", "prompts.jsonl", "world"):
         if not (PAIR / name).exists():

@@ -1923,6 +1923,18 @@ def test_what_you_measure_may_have_several_numbers_for_each_position(store):
     assert torch.equal(found, torch.stack([expected, 2 * expected], -1))
 
 
+def test_measuring_less_than_measure_is_refused_before_the_first_update(run, tmp_path):
+    def measure_too_little(student_logits, teacher_logits, tokens, k):
+        return {"entropy": opd.entropy(student_logits)}
+
+    def my_rule(scores, mask):
+        return scores["entropy"]
+
+    with pytest.raises(ValueError, match="measure_fn must return what measure does"):
+        run("out", rule=my_rule, measure_fn=measure_too_little)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
 def test_an_update_with_no_position_kept_is_refused(store):
     pair = load(store)
     batch = draw(pair)
@@ -2627,7 +2639,7 @@ def test_two_models_in_memory_make_the_pair_that_their_files_make(store):
     assert not any(weight.requires_grad for weight in made.teacher.parameters())
 
 
-@pytest.mark.parametrize("fault", ["frozen", "bf16", "capped"])
+@pytest.mark.parametrize("fault", ["frozen", "bf16", "capped", "twice"])
 def test_two_models_in_memory_are_checked_as_those_of_files_are(store, fault):
     pair = load(store)
     weight = pair.student.model.norm.weight
@@ -2637,6 +2649,9 @@ def test_two_models_in_memory_are_checked_as_those_of_files_are(store, fault):
     if fault == "bf16":
         pair.student.bfloat16()
         says = "the student: model.* cannot be trained"
+    if fault == "twice":
+        pair = pair._replace(teacher=pair.student)
+        says = "one object"
     if fault == "capped":
         pair.teacher.config.final_logit_softcapping = 5.0
         says = "final_logit_softcapping"
@@ -3393,6 +3408,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(opd, "tqdm", lambda steps, **_: list(steps)[:2])
+        patch.setattr(opd, "show", print)
 
         with patch.context() as stopped:
             stopped.setattr(Path, "write_text", interrupted)
