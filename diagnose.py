@@ -354,6 +354,12 @@ def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
     return rows
 
 
+def estimates(statistic, arrays, before, args, labels, columns):  # -> rows
+    """A statistic of the positions with its intervals, a label for each of its rows."""
+    found = bootstrap(statistic, arrays, before["context"], args.bootstrap, args.seed)
+    return table_rows(found, labels, columns)
+
+
 def kept_by(method, before, budget, seed):  # -> [N] bool
     """What `method` would keep of all contexts, as opd.py does it in a batch.
 
@@ -376,14 +382,8 @@ def gain_of_kept(before, gains, budget, args):  # -> rows
     kept = []
     for method in opd.METHODS:
         kept.append(kept_by(method, before, budget, args.seed))
-    found = bootstrap(
-        group_means,
-        [columns_of(gains), np.column_stack(kept)],
-        before["context"],
-        args.bootstrap,
-        args.seed,
-    )
-    return table_rows(found, opd.METHODS, list(gains))
+    arrays = [columns_of(gains), np.column_stack(kept)]
+    return estimates(group_means, arrays, before, args, opd.METHODS, list(gains))
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -441,10 +441,8 @@ def explain(before, gains, args):  # -> rows
     features = make_features(before)
     X = design(features, REGRESSORS)  # made once, from the sample, not in each draw
     Y = np.column_stack([zscore(gain) for gain in gains.values()])
-    found = bootstrap(
-        slopes_and_gap, [X, Y], before["context"], args.bootstrap, args.seed
-    )
-    rows = table_rows(found, list(gains), ("learnable", "incompatible", "gap"))
+    columns = ("learnable", "incompatible", "gap")
+    rows = estimates(slopes_and_gap, [X, Y], before, args, list(gains), columns)
 
     split = r2(X, Y)
     unsplit = r2(design(features, UNSPLIT), Y)
@@ -471,30 +469,18 @@ def compare_thirds(before, gains, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
     thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
-    found = bootstrap(
-        thirds_and_contrast,
-        [columns_of(gains), thirds],
-        before["context"],
-        args.bootstrap,
-        args.seed,
-    )
+    arrays = [columns_of(gains), thirds]
     labels = ("least compatible", "middle", "most compatible", "most - least")
-    return table_rows(found, labels, list(gains))
+    return estimates(thirds_and_contrast, arrays, before, args, labels, list(gains))
 
 
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
     quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
-    found = bootstrap(
-        group_means,
-        [columns_of(gains), quarters],
-        before["context"],
-        args.bootstrap,
-        args.seed,
-    )
+    arrays = [columns_of(gains), quarters]
     labels = ("lowest quarter", "second", "third", "highest")
-    return table_rows(found, labels, list(gains))
+    return estimates(group_means, arrays, before, args, labels, list(gains))
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -525,10 +511,7 @@ def rank_correlations(before, gains, args):  # -> rows
     names = ("D", "learnable", "incompatible", "entropy", "tip")
     X = np.column_stack([mean_ranks(features[name]) for name in names])
     Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
-    found = bootstrap(
-        correlations, [X, Y], before["context"], args.bootstrap, args.seed
-    )
-    return table_rows(found, names, list(gains))
+    return estimates(correlations, [X, Y], before, args, names, list(gains))
 
 
 # ======================================================================================
