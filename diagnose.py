@@ -402,8 +402,8 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 # other three are controls: an unsure student, or an early position, may gain more
 # whatever the teacher says, and the two parts must not get the credit for that. UNSPLIT
 # is the paper's baseline: D as a whole, and its product with the entropy.
-REGRESSORS = ("entropy", "learnable", "incompatible", "position", "teacher_entropy")
-UNSPLIT = ("entropy", "D", "entropy * D", "position", "teacher_entropy")
+REGRESSORS = ("learnable", "incompatible", "entropy", "position", "teacher_entropy")
+UNSPLIT = ("D", "entropy * D", "entropy", "position", "teacher_entropy")
 
 
 def design(features, names):  # -> X [N, 1 + names]
@@ -424,9 +424,7 @@ def design(features, names):  # -> X [N, 1 + names]
 
 def slopes_and_gap(X, Y):  # X as `design` makes it for REGRESSORS -> [outcomes, 3]
     """The slopes of the learnable and the incompatible part, and their difference."""
-    slopes = least_squares(X, Y)
-    learnable = slopes[1 + REGRESSORS.index("learnable")]  # after the column of ones
-    incompatible = slopes[1 + REGRESSORS.index("incompatible")]
+    of_ones, learnable, incompatible, *of_controls = least_squares(X, Y)
     return np.column_stack([learnable, incompatible, learnable - incompatible])
 
 

@@ -4569,7 +4569,9 @@ def test_the_evidence_tables_follow_from_reports_and_from_positions(
     plain = Recomputed(before, before)
     slopes, _ = slopes_by_lstsq(plain.split(plain.c)[:-1], gain)
     found = tables["regression"](folder / "out", "teacher_entropy")
-    expected = [*slopes, slopes[1] - slopes[2]]
+    entropy, learnable, incompatible, position = slopes
+    gap = learnable - incompatible
+    expected = [learnable, incompatible, entropy, position, gap]
     assert values(found) == pytest.approx(expected, abs=1e-4)
     assert abs(found["gap"]["value"] - cells["gap"]["value"]) > 1e-3
 
