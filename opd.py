@@ -842,7 +842,7 @@ def load_model(flag, path, dtype, device):  # -> model, tokenizer
 
     InputError, naming `flag` and `path`, for whatever cannot be used.
     """
-    transformers.logging.disable_progress_bar()  # of loading, and of saving later
+    transformers.logging.disable_progress_bar()  # in a notebook, too
     try:  # weights from safetensors alone, and no code from the model's folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=False
@@ -1612,6 +1612,7 @@ def fail(message, status=2):
 
 def run(program, *arguments):
     """Call the program. What stops it from outside gets one line and no traceback."""
+    transformers.logging.disable_progress_bar()  # also of saving the demo's models
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a token may not exist in their encoding
             stream.reconfigure(errors="replace")
