@@ -293,7 +293,7 @@ LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
 class Pair(NamedTuple):
-    """A student and a teacher with one vocabulary, made and checked by `load_pair`."""
+    """A student and a teacher with one vocabulary: see `load_pair` and `make_pair`."""
 
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
@@ -648,7 +648,6 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         scores = score(
             pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn
         )
-
         if "kl_all" not in scores:
             raise ValueError("measure_fn must return what measure does, and may add")
 
