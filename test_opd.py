@@ -5048,6 +5048,7 @@ trainer._generate_and_score_completions = recorded
 trainer.train()
 weights = test_opd.flat(pair.student.parameters())
 torch.save((batches, weights), f"{folder}/rank-{trainer.accelerator.process_index}.pt")
+torch.distributed.destroy_process_group()  # else its threads may abort the exit
 """
 
 
