@@ -13,7 +13,8 @@ One training step (the loop in `train`):
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
-  3. rank     by teachability, D * C, with D and C rescaled to [0, 1]
+  3. rank     by teachability, D * C. Both are rescaled first: over the batch, the 5 %
+              quantile becomes 0 and the 95 % quantile 1
   4. select   keep the best share of the batch's positions: the `budget`, a tenth; and
               at least one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
@@ -23,8 +24,8 @@ are in nats. "Top K" always means the K likeliest tokens, on which D and C are m
 sampling is never filtered. Names and formulas are the paper's, but for what the README
 lists at its end.
 
-Shapes: B responses, P prompt tokens, R response positions, V tokens in the vocabulary,
-E hidden units, N valid positions of a batch (not padding), n some of them.
+Shapes: B responses in a batch, R positions in a response, V tokens in the vocabulary.
+A mask [B, R] is True at the valid positions; the others are padding after an end.
 
 The method is in parts 1 to 3. Parts 4 to 6 can wait: models, prompts and files, the
 demo's world, the command line.
@@ -160,7 +161,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 
     `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
     that the method needs. "random" draws from `generator`, on the CPU. "full" orders
-    nothing: `train` gives it a budget of 1. ValueError for an unknown method.
+    nothing: it goes with a budget of 1. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -207,16 +208,16 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
         raise ValueError(f"budget must be in (0, 1], got {budget}")
     if ranks.dim() != 2 or ranks.shape != mask.shape:
         raise ValueError(f"ranks and mask must be [B, R], got {list(ranks.shape)}")
-    valid = mask.flatten().nonzero().squeeze(-1)  # [N] indices into the flat batch
+    valid_ranks = ranks[mask]  # [N] without padding, row by row
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
-    number = max(1, math.ceil(round(budget * len(valid), 6)))
-    order = ranks.flatten()[valid].sort(descending=True, stable=True).indices
-    best_first = valid[order]  # [N] the same indices, ordered by rank
+    number = max(1, math.ceil(round(budget * len(valid_ranks), 6)))
+    best_first = valid_ranks.sort(descending=True, stable=True).indices
+    is_best = torch.zeros_like(valid_ranks, dtype=torch.bool)
+    is_best[best_first[:number]] = True
 
-    keep = torch.zeros_like(mask).flatten()
-    keep[best_first[:number]] = True
-    keep = keep.view_as(mask)
+    keep = torch.zeros_like(mask)
+    keep[mask] = is_best  # back to their places in the batch
 
     # A response of which nothing was kept gets its best position.
     for row in range(len(mask)):
@@ -253,34 +254,51 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 # ======================================================================================
 # 2. One training step
 #
-#    If memory were no matter, and all prompts were equally long, it would be this:
+#    If memory were no matter, this would be a step, for one prompt [1, P] of P tokens:
 #
-#      # 1. Rollout. `tokens` are the responses', `mask` is True where they are valid.
-#      ids = student.generate(prompts, do_sample=True, top_k=0, top_p=1.0)
-#      # 2. Score.
-#      student_logits = student(ids).logits[:, P - 1 : -1]  # [B, R, V]
-#      teacher_logits = teacher(ids).logits[:, P - 1 : -1]
-#      scores = measure(student_logits, teacher_logits, tokens, k)
+#      # 1. Rollout: the student writes a response of R tokens.
+#      ids = student.generate(
+#          prompt, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256
+#      )  # [1, P + R]
+#      tokens = ids[:, P:]  # [1, R]
+#      mask = torch.ones_like(tokens, dtype=torch.bool)  # no padding: all are valid
+#
+#      # 2. Score. The logits at one token predict the next: they begin one place early.
+#      student_logits = student(ids).logits[:, P - 1 : -1]  # [1, R, V]
+#      with torch.no_grad():
+#          teacher_logits = teacher(ids).logits[:, P - 1 : -1]
+#          scores = measure(student_logits, teacher_logits, tokens, k=16)
+#
 #      # 3. Rank.
 #      ranks = rank("teachability", scores, mask)
+#
 #      # 4. Select.
-#      keep = select(ranks, mask, budget)
-#      # 5. Update. (The program makes these logits again, see below.)
+#      keep = select(ranks, mask, budget=0.1)
+#
+#      # 5. Update.
 #      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
 #      loss.backward()
-#      clip_grad_norm_(student.parameters(), 1.0)
+#      torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
 #      optimizer.step()
 #      optimizer.zero_grad()
 #
-#    It is longer for three reasons:
+#    The functions below do the same for a batch. Most of what they add is for memory:
 #
-#    * Prompts are not equally long. They are padded on the left.
-#    * Two models often end a response with different tokens. `merge_ends` makes one
-#      event of these.
 #    * Logits are huge: V numbers for each position. So a model's layers run first, and
 #      give hidden states, which are small. From these, logits are made for a chunk of
 #      positions at a time, used and forgotten. For the update, the student's layers run
 #      once more, with a gradient, and only the kept positions have logits.
+#    * The layers, too, read some responses at a time: a micro-batch.
+#
+#    The rest is for what two checkpoints bring along:
+#
+#    * Prompts are not equally long. They are padded on the left.
+#    * Two models often end a response with different tokens. These are made one event.
+#    * One may know more tokens than the other. Only shared ones are drawn and compared.
+#    * Sampling settings in a checkpoint would filter p. They are set aside.
+#
+#    More shapes: P prompt tokens, E hidden units, N valid positions of a batch, n some
+#    of them (those of a chunk, say).
 # ======================================================================================
 
 
@@ -293,12 +311,17 @@ LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
 class Pair(NamedTuple):
-    """A student and a teacher with one vocabulary: see `load_pair` and `make_pair`."""
+    """A student and a teacher with one vocabulary: see `load_pair` and `make_pair`.
+
+    `end_ids` are all tokens that end a response, of either model. They are one event:
+    `rollout` counts whichever is drawn as the first of them, and `merge_ends` adds
+    their probabilities up.
+    """
 
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # all tokens that end a response; both models know the first
+    end_ids: list  # both models know the first
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
@@ -336,10 +359,11 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
 
 
 def never_sampled(pair):  # -> token ids
-    """What the teacher cannot predict, but for tokens that end a response.
+    """The tokens that the student can write, and the teacher cannot.
 
-    The student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
-    152,064, with one tokenizer.
+    A student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
+    152,064, with one tokenizer. An end among them may be drawn: `rollout` counts it as
+    an end that both know.
     """
     student_outputs = len(pair.student.get_output_embeddings().weight)
     beyond = range(pair.vocab_size, student_outputs)
@@ -368,7 +392,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         top_k=0,  # off. Left unset, generate() would sample among the best 50 only
         top_p=1.0,  # off
         max_new_tokens=max_new_tokens,
-        eos_token_id=pair.end_ids or None,
+        eos_token_id=pair.end_ids or None,  # generate() takes None, and no empty list
         pad_token_id=PADDING,
         suppress_tokens=never_sampled(pair) or None,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
@@ -456,8 +480,8 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     with bf16_on_gpu():
         logits = model.get_output_embeddings()(hidden)
     logits = logits.float() / pair.temperature
-    merged = merge_ends(logits, pair.end_ids)  # first, as an end may lie beyond V
-    return merged[:, : pair.vocab_size]
+    merged = merge_ends(logits, pair.end_ids)
+    return merged[:, : pair.vocab_size]  # cut afterwards, as an end may lie beyond V
 
 
 def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
@@ -472,7 +496,9 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
         return logits
     own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
     merged = logits.clone()
-    merged[:, own_ends] = -1e30  # probability 0; an infinity could make a nan
+    # A sum of probabilities is a logsumexp of logits. As in `divergence`, -1e30 makes a
+    # probability 0.
+    merged[:, own_ends] = -1e30
     merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
     return merged
 
@@ -535,6 +561,31 @@ def chunk_loss(pair, loss_name, student_hidden, teacher_hidden, tokens):
     return token_loss(loss_name, student_logits, teacher_logits, tokens).sum()
 
 
+def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
+    """As `chunk_loss`, for any number of positions: chunk by chunk, to save memory."""
+    at_once = chunk_size(pair)
+    total = 0.0
+    # Of no positions at all, split makes one empty chunk, so that the sum is a tensor.
+    for student_chunk, teacher_chunk, token_chunk in zip(
+        student_hidden.split(at_once),
+        teacher_hidden.split(at_once),
+        tokens.split(at_once),
+    ):
+        # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits, and
+        # makes them again when the gradient needs them.
+        total = total + checkpoint(
+            chunk_loss,
+            pair,
+            loss_name,
+            student_chunk,
+            teacher_chunk,
+            token_chunk,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in it is random
+        )
+    return total
+
+
 def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
@@ -545,34 +596,18 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     number_kept = keep.sum()  # in the whole batch
     if number_kept == 0:
         raise ValueError("no position is kept: there is nothing to train on")
-    at_once = chunk_size(pair)
+
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         kept = keep[rows]
-        student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
-        teacher_kept = teacher_hidden[rows][kept]  # [n, E]
-        tokens = batch.responses[rows][kept]  # [n]
-
-        total = 0.0
-        for student_chunk, teacher_chunk, token_chunk in zip(
-            student_kept.split(at_once),
-            teacher_kept.split(at_once),
-            tokens.split(at_once),
-        ):
-            # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits,
-            # and makes them again when the gradient needs them.
-            total = total + checkpoint(
-                chunk_loss,
-                pair,
-                loss_name,
-                student_chunk,
-                teacher_chunk,
-                token_chunk,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing in it is random
-            )
-
+        total = sum_of_losses(
+            pair,
+            loss_name,
+            student_hidden=hidden_states(pair.student, batch, rows)[kept],  # [n, E]
+            teacher_hidden=teacher_hidden[rows][kept],  # [n, E]
+            tokens=batch.responses[rows][kept],  # [n]
+        )
         # Divided by the count of the whole batch. With a mean for each micro-batch, a
         # position would weigh more where few others were kept.
         loss = total / number_kept
@@ -611,15 +646,9 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         first_step = resumed["step"]
         optimizer.load_state_dict(resumed["optimizer"])
 
-    name = args.select
-    budget = args.budget
-    if rule is not None:
-        name = getattr(rule, "__name__", "rule")
-    elif name == "full":
-        budget = 1
-
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    # The prompts are shuffled once: each epoch has the same order.
+    shuffle = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(examples), generator=shuffle).tolist()
 
     micro_batch = args.micro_batch_size
     out = Path(out)
@@ -630,12 +659,13 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         # Each step has a seed of its own, so that a resumed run goes on bit for bit.
         step_seed = args.seed * 1_000_003 + step
         torch.manual_seed(step_seed)  # for the rollout
-        generator.manual_seed(step_seed)  # for --select random
+        generator = torch.Generator().manual_seed(step_seed)  # for --select random
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # warm-up
 
         prompts = []
-        for i in range(step * args.batch_size, (step + 1) * args.batch_size):
-            example = examples[order[i % len(order)]]  # the same order in each epoch
+        first = step * args.batch_size
+        for i in range(first, first + args.batch_size):
+            example = examples[order[i % len(order)]]  # after the last, the first again
             prompts.append(example["prompt"])
 
         # 1. Rollout: the student writes.
@@ -653,12 +683,15 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
 
         # 3. Rank.
         if rule is None:
-            ranks = rank(args.select, scores, batch.mask, generator)
+            name = args.select
+            ranks = rank(name, scores, batch.mask, generator)
         else:
+            name = getattr(rule, "__name__", "rule")
             ranks = rule(scores, batch.mask)
         check_ranks(ranks, batch.mask, name)
 
         # 4. Select.
+        budget = 1 if name == "full" else args.budget
         keep = select(ranks, batch.mask, budget)
 
         # 5. Update: the student reads once more, now with a gradient.
@@ -730,9 +763,9 @@ def log(path, line, steps):  # {name: number}
     for name in line:
         if name not in NOT_IN_TERMINAL and not name.startswith("kept"):
             columns.append(name)
+    if not path.exists():  # this is the first row: before it, the heading
+        show("  ".join(f"{name:>7}" for name in columns))
     with open(path, "a", encoding="utf-8") as file:
-        if file.tell() == 0:  # nothing is written yet: first the heading
-            show("  ".join(f"{name:>7}" for name in columns))
         file.write(json.dumps(line) + "\n")
 
     is_last = line["step"] + 1 == steps

@@ -4796,8 +4796,9 @@ def test_accuracies_are_compared_only_where_all_runs_have_one(
 # ======================================================================================
 
 
-def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
-    # One response of many tokens, so that a tenth of it is several.
+@pytest.fixture
+def long_pair(tmp_path):
+    """A pair whose response has many tokens, so that a tenth of it is several."""
     student = model_of("qwen3", seed=1, scale=12.0)
     teacher = model_of("qwen3", seed=2, scale=12.0)
     for model in (student, teacher):
@@ -4808,30 +4809,63 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(tmp_path):
     teacher = put(tmp_path / "teacher", teacher, tokenizer)
     pair = opd.load_pair(student, teacher)
     assert pair.end_ids == [63]
+    return pair
 
-    step = r"```python\n(# One step of selective OPD.*?)```"
-    block = re.search(step, README, re.S)[1]
-    prompt = [5, 6, 7]
-    names = {"student": pair.student, "teacher": pair.teacher}
-    names["prompt_ids"] = torch.tensor([prompt])
+
+def run_plainly(block, pair, prompt, names):
+    """Run a step in plain PyTorch -> its names, and by how much the weights fell."""
+    names = {"student": pair.student, "teacher": pair.teacher, **names}
+    names["optimizer"] = torch.optim.SGD(pair.student.parameters(), lr=1.0)
+    was = flat([w.detach().clone() for w in pair.student.parameters()])
     torch.manual_seed(3)
     exec(block, names)
-    theirs = flat([w.grad for w in pair.student.parameters()])
+    fell = was - flat([w.detach() for w in pair.student.parameters()])
+    assert all(w.grad is None for w in pair.student.parameters())
+    with torch.no_grad():  # as it was, for the program's step
+        start = 0
+        for w in pair.student.parameters():
+            w.copy_(was[start : start + w.numel()].view_as(w))
+            start += w.numel()
 
     torch.manual_seed(3)
     batch = opd.rollout(pair, [prompt], 256)
     assert batch.ids.tolist() == names["ids"].tolist()
     assert batch.mask.sum() > 30
-    scores = scores_of(pair, batch, 16, 1)
-    for name in ("entropy", "divergence", "compatibility"):
+    return names, fell, batch
+
+
+def test_the_plain_block_of_the_readme_is_a_step_of_opd(long_pair):
+    block = r"```python\n(# One step of selective OPD.*?)```"
+    block = re.search(block, README, re.S)[1]
+    prompt = [5, 6, 7]
+    given = {"prompt_ids": torch.tensor([prompt])}
+    names, fell, batch = run_plainly(block, long_pair, prompt, given)
+    scores = scores_of(long_pair, batch, 16, 1)
+    for name in ("divergence", "compatibility"):
         assert torch.allclose(scores[name][0], names[name], atol=1e-4)
     ranks = opd.rank("teachability", scores, batch.mask)
     keep = opd.select(ranks, batch.mask, 0.1)
     assert sorted(names["kept"].tolist()) == [t for _, t in sorted(places(keep))]
 
-    ours, loss, norm = update_of(pair, batch, keep, 1)
+    ours, loss, norm = update_of(long_pair, batch, keep, 1)
     assert names["loss"].item() == pytest.approx(loss, abs=1e-4)
-    assert torch.allclose(ours * max(1.0, norm), theirs, atol=1e-4)
+    assert torch.allclose(ours * max(1.0, norm), fell, atol=1e-4)
+
+
+def test_the_step_that_opens_part_2_is_a_step_of_opd(long_pair):
+    source = Path(opd.__file__).read_text()
+    comment = source.split("\n# 2. One training step\n")[1]
+    comment = comment.split("\n#    The functions below")[0]
+    block = "\n".join(re.findall(r"^#      (.*)", comment, re.M))
+    prompt = [5, 6, 7]
+    given = {**vars(opd), "prompt": torch.tensor([prompt]), "P": len(prompt)}
+    names, fell, batch = run_plainly(block, long_pair, prompt, given)
+    ranks = opd.rank("teachability", scores_of(long_pair, batch, 16, 1), batch.mask)
+    keep = opd.select(ranks, batch.mask, 0.1)
+    assert names["keep"].tolist() == keep.tolist()
+    ours, loss, norm = update_of(long_pair, batch, keep, 1)
+    assert names["loss"].item() == pytest.approx(loss, abs=1e-4)
+    assert torch.allclose(ours, fell, atol=1e-4)
 
 
 def test_the_three_tokens_of_the_readme_are_right(capsys):
