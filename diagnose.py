@@ -12,8 +12,9 @@ looking at the same tokens twice, before training and after it:
                        student came there. What, known before training, predicts it?
 
 `python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` skips
-the training: OUT is a run of `opd.py --select full`. The main tables are printed, and a
-page for the browser has more.
+the training: OUT is a run of `opd.py --select full`. Four tables are printed, and a
+page for the browser has more. What they ask is shown on three made-up positions, where
+part 3 begins.
 
 A gain is above 0 where the student came nearer. It is measured in several ways:
 
@@ -66,7 +67,8 @@ def main(args):
     # 3. Train, on all positions (--select full) unless asked otherwise.
     if trained is None:
         opd.train(pair, training, args, out)
-        trained = pair  # its student is another one now
+        opd.save(pair, out / "student")
+        trained = pair  # opd.train has changed the student in place
 
     # 4. Measure the same contexts again.
     after_at = measure_contexts(trained, batches, args)
@@ -120,10 +122,10 @@ def measure_chunk(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
 
 def locate(mask):  # [B, R] bool -> [B, R] twice
     """Where a position stands: in which response, and how far into it, from 0 to 1."""
-    number = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-    place = mask.cumsum(-1) - 1
-    return number, place.double() / last
+    response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    tokens_before = mask.cumsum(-1) - 1
+    length = mask.sum(-1, keepdim=True)
+    return response, tokens_before.double() / (length - 1).clamp(min=1)
 
 
 def measure_contexts(pair, batches, args):  # -> {K: {name: [N]}}
@@ -140,13 +142,13 @@ def measure_contexts(pair, batches, args):  # -> {K: {name: [N]}}
         size = args.micro_batch_size
         student_hidden = opd.all_hidden_states(pair.student, batch, size)
         teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-        number, place = locate(batch.mask)
-        for k in args.ks:
+        response, progress = locate(batch.mask)
+        for k in args.ks:  # plainly: only D and C depend on K
             scores = opd.score(
                 pair, batch, student_hidden, teacher_hidden, k, measure_chunk
             )
-            scores["context"] = contexts + number
-            scores["position"] = place
+            scores["context"] = contexts + response
+            scores["position"] = progress
             for name, values in scores.items():
                 parts[k][name].append(values[batch.mask].cpu().numpy())
         contexts += len(batch.mask)
@@ -241,7 +243,8 @@ def group_means(values, member):  # [n, F], [n, groups] bool -> [groups, F]
 
 def least_squares(X, Y):  # [n, regressors], [n, outcomes] -> [regressors, outcomes]
     """The slopes for which X @ slopes comes nearest to Y."""
-    # The same as np.linalg.lstsq(X, Y), but ten times faster, as X.T @ X is small.
+    # The same as np.linalg.lstsq(X, Y), but ten times faster, as X.T @ X is small. (It
+    # loses digits if columns of X are much alike. In float64 enough of them are left.)
     return np.linalg.lstsq(X.T @ X, X.T @ Y, rcond=None)[0]
 
 
@@ -304,6 +307,10 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 #    leak            Suppose that "gets" gained, too. If what it learned is among the
 #                    trained student's top K, a C from after training is 1 there, and
 #                    the gain is put down to the learnable part.
+#
+#    What the demo shows: the first is so (in reverse KL and overlap). The others are
+#    not: "gets" gains, too, in forward KL. The README has the figures, in section 6 and
+#    in finding 5.
 # ======================================================================================
 
 
@@ -336,8 +343,12 @@ def columns_of(gains):  # {measure: [N]} -> [N, measures]
     return np.column_stack(list(gains.values()))
 
 
-def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
-    """A row for each label. InputError if a value is missing."""
+def estimates(statistic, arrays, before, args, labels, columns):  # -> rows
+    """A table of `bootstrap`'s estimates: a label for each row, a name for each column.
+
+    InputError if a value is missing.
+    """
+    found = bootstrap(statistic, arrays, before["context"], args.bootstrap, args.seed)
     if np.isnan(found["value"]).any():
         raise opd.InputError(
             "there are too few positions for the report's groups; use more --contexts"
@@ -352,12 +363,6 @@ def table_rows(found, labels, columns):  # what `bootstrap` returns -> rows
                 "high": float(found["high"][i, j]),
             }
     return rows
-
-
-def estimates(statistic, arrays, before, args, labels, columns):  # -> rows
-    """A statistic of the positions with its intervals, a label for each of its rows."""
-    found = bootstrap(statistic, arrays, before["context"], args.bootstrap, args.seed)
-    return table_rows(found, labels, columns)
 
 
 def kept_by(method, before, budget, seed):  # -> [N] bool
@@ -382,8 +387,14 @@ def gain_of_kept(before, gains, budget, args):  # -> rows
     kept = []
     for method in opd.METHODS:
         kept.append(kept_by(method, before, budget, args.seed))
-    arrays = [columns_of(gains), np.column_stack(kept)]
-    return estimates(group_means, arrays, before, args, opd.METHODS, list(gains))
+    return estimates(
+        group_means,
+        [columns_of(gains), np.column_stack(kept)],
+        before,
+        args,
+        labels=opd.METHODS,
+        columns=list(gains),
+    )
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -424,7 +435,9 @@ def design(features, names):  # -> X [N, 1 + names]
 
 def slopes_and_gap(X, Y):  # X as `design` makes it for REGRESSORS -> [outcomes, 3]
     """The slopes of the learnable and the incompatible part, and their difference."""
-    of_ones, learnable, incompatible, *of_controls = least_squares(X, Y)
+    slopes = least_squares(X, Y)  # [1 + REGRESSORS, outcomes]; the first is of the ones
+    learnable = slopes[1]
+    incompatible = slopes[2]
     return np.column_stack([learnable, incompatible, learnable - incompatible])
 
 
@@ -434,13 +447,23 @@ def r2(X, Y):  # -> [outcomes]
 
 
 def explain(before, gains, args):  # -> rows
-    """Which part of the disagreement goes with the gain, learnable or incompatible?"""
+    """Which part of the disagreement goes with the gain, learnable or incompatible?
+
+    The gain is predicted by a weighted sum, slope * regressor. A gap above 0 says that
+    learnable disagreement is learned more. R2 says how much the sum explains.
+    """
     gains = with_relative(gains, before)
     features = make_features(before)
     X = design(features, REGRESSORS)  # made once, from the sample, not in each draw
     Y = np.column_stack([zscore(gain) for gain in gains.values()])
-    columns = ("learnable", "incompatible", "gap")
-    rows = estimates(slopes_and_gap, [X, Y], before, args, list(gains), columns)
+    rows = estimates(
+        slopes_and_gap,
+        [X, Y],
+        before,
+        args,
+        labels=list(gains),
+        columns=("learnable", "incompatible", "gap"),
+    )
 
     split = r2(X, Y)
     unsplit = r2(design(features, UNSPLIT), Y)
@@ -467,18 +490,28 @@ def compare_thirds(before, gains, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
     thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
-    arrays = [columns_of(gains), thirds]
-    labels = ("least compatible", "middle", "most compatible", "most - least")
-    return estimates(thirds_and_contrast, arrays, before, args, labels, list(gains))
+    return estimates(
+        thirds_and_contrast,
+        [columns_of(gains), thirds],
+        before,
+        args,
+        labels=("least compatible", "middle", "most compatible", "most - least"),
+        columns=list(gains),
+    )
 
 
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
     quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
-    arrays = [columns_of(gains), quarters]
-    labels = ("lowest quarter", "second", "third", "highest")
-    return estimates(group_means, arrays, before, args, labels, list(gains))
+    return estimates(
+        group_means,
+        [columns_of(gains), quarters],
+        before,
+        args,
+        labels=("lowest quarter", "second", "third", "highest"),
+        columns=list(gains),
+    )
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -509,7 +542,9 @@ def rank_correlations(before, gains, args):  # -> rows
     names = ("D", "learnable", "incompatible", "entropy", "tip")
     X = np.column_stack([mean_ranks(features[name]) for name in names])
     Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
-    return estimates(correlations, [X, Y], before, args, names, list(gains))
+    return estimates(
+        correlations, [X, Y], before, args, labels=names, columns=list(gains)
+    )
 
 
 # ======================================================================================

@@ -3653,13 +3653,16 @@ def test_intervals_are_percentiles_of_the_draws_alone():
     assert found["high"] == pytest.approx(quantile(results, 0.975))
 
 
-def test_a_row_has_a_cell_for_each_column_and_none_without_a_value():
+def test_a_row_has_a_cell_for_each_column_and_none_without_a_value(monkeypatch):
     found = {
         "value": np.array([[1.0, 2.0]]),
         "low": np.array([[0.5, 1.5]]),
         "high": np.array([[3.0, 4.0]]),
     }
-    assert diagnose.table_rows(found, ["row"], ["a", "b"]) == {
+    monkeypatch.setattr(diagnose, "bootstrap", lambda *_: found)
+    args = SimpleNamespace(bootstrap=1, seed=0)
+    given = (None, [], {"context": None}, args, ["row"], ["a", "b"])
+    assert diagnose.estimates(*given) == {
         "row": {
             "a": {"value": 1.0, "low": 0.5, "high": 3.0},
             "b": {"value": 2.0, "low": 1.5, "high": 4.0},
@@ -3667,7 +3670,7 @@ def test_a_row_has_a_cell_for_each_column_and_none_without_a_value():
     }
     found["value"][0, 1] = np.nan
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.table_rows(found, ["row"], ["a", "b"])
+        diagnose.estimates(*given)
 
 
 # ======================================================================================

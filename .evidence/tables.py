@@ -7,6 +7,7 @@ how many of them the interval lies above and below 0. From the project's folder:
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -75,8 +76,9 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
         gap = slopes[names.index("learnable")] - slopes[names.index("incompatible")]
         return np.append(slopes, gap)[:, None]
 
-    found = diagnose.bootstrap(slopes_and_gap, [X, Y], before["context"], 1000, seed=0)
-    rows = diagnose.table_rows(found, [*names, "gap"], ["slope"])
+    args = SimpleNamespace(bootstrap=1000, seed=0)
+    labels = [*names, "gap"]
+    rows = diagnose.estimates(slopes_and_gap, [X, Y], before, args, labels, ["slope"])
     return {name: cells["slope"] for name, cells in rows.items()}
 
 
