@@ -78,9 +78,10 @@ real_runs() {
   done
 }
 
-real_diagnoses() {  # the same contexts for all, as --seed is not given
+real_diagnoses() {
+  flags="$pair --prompts runs/real/contexts.jsonl --eval-prompts 300 --contexts 300"
   for seed in 0 1 2; do
-    diagnose $seed "$pair --prompts runs/real/contexts.jsonl --eval-prompts 300 --contexts 300"
+    diagnose $seed "$flags --seed $seed"
   done
 }
 
