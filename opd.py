@@ -5,7 +5,7 @@ that the student writes the training text itself; the teacher only scores it, to
 token. Not all that the two disagree about can be learned, so the student trains on the
 most teachable tokens alone ("Not All Disagreement Is Learnable", arXiv 2605.26844).
 
-One training step (the loop in `train`):
+One training step (`simple_step`, and for a batch `train_step`):
 
   1. rollout  the student samples a response to each prompt
   2. score    at every response position, compare both models' next-token predictions:
@@ -127,72 +127,72 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over all valid positions.
 
-    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12.
+    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12. No gradient goes
+    through it. ValueError for a mask that is not bool.
     """
-    # numpy's quantile, since torch.quantile refuses more than 16 million values.
-    valid = values[mask].float().cpu().numpy()
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
+    values = values.detach().float()
+    valid = values[mask].cpu().numpy()  # torch.quantile refuses over 16 million values
     if len(valid) == 0:
-        return torch.zeros_like(values, dtype=torch.float32)
+        return torch.zeros_like(values)
 
     low, high = numpy.quantile(valid, [0.05, 0.95])
     if high - low < 1e-12:
-        return torch.zeros_like(values, dtype=torch.float32)
+        return torch.zeros_like(values)
 
-    scaled = (values.float() - low) / (high - low)
+    scaled = (values - low) / (high - low)
     return torch.where(mask, scaled.clamp(0, 1), 0.0)
 
 
-# The methods, and what each ranks by. H, D and C are rescaled to [0, 1] first.
 METHODS = (
-    "full",  # nothing: every position is kept. Plain on-policy distillation
-    "teachability",  # D * C: the method of the paper
-    "teachability_entropy",  # a soft OR of H and D * C: h + d * c - h * d * c
-    "entropy",  # H
-    "divergence",  # D
-    "tip",  # a soft OR of H and D: h + d - h * d (arXiv 2604.14084)
-    "compatibility",  # C
-    "incompatible",  # D * (1 - C)
+    "full",  # plain on-policy distillation: every position is kept
+    "teachability",  # the method of the paper
+    "teachability_entropy",  # its variant
+    "entropy",
+    "divergence",
+    "tip",  # of another paper, arXiv 2604.14084
+    "compatibility",
+    "incompatible",
     "random",
 )
+
+
+def soft_or(a, b):  # in [0, 1] each
+    """a + b - a * b: large where one of the two is."""
+    # In this form it is exactly 1 where a or b is. The other one may miss 1 by a
+    # rounding error, and then this error would decide between positions that tie.
+    return 1 - (1 - a) * (1 - b)
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
-    that the method needs. "random" draws from `generator`, on the CPU. "full" orders
-    nothing: it goes with a budget of 1. ValueError for an unknown method.
+    `scores` is what `measure` returns, for a batch; "kl_all" is not needed. "random"
+    draws from `generator`, on the CPU. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if method == "random":
-        return torch.rand(mask.shape, generator=generator).to(mask.device)
-    if method == "full":
-        return torch.zeros(mask.shape, device=mask.device)
-    if method == "entropy":
-        return robust_normalize(scores["entropy"], mask)
-    if method == "divergence":
-        return robust_normalize(scores["divergence"], mask)
-    if method == "compatibility":
-        return robust_normalize(scores["compatibility"], mask)
-
-    # Disagreement splits into two parts that add up to d: the teacher reweights tokens
-    # that the student considers, or it wants others.
+    h = robust_normalize(scores["entropy"], mask)
     d = robust_normalize(scores["divergence"], mask)
     c = robust_normalize(scores["compatibility"], mask)
-    learnable = d * c
-    incompatible = d * (1 - c)
-    if method == "teachability":
-        return learnable
-    if method == "incompatible":
-        return incompatible
 
-    # A soft OR is large where one of the two is. Written like this it is exactly 1
-    # where h is 1. (h + d - h * d may miss 1 by a rounding error, which would decide.)
-    h = robust_normalize(scores["entropy"], mask)
-    if method == "tip":
-        return 1 - (1 - h) * (1 - d)
-    return 1 - (1 - h) * (1 - learnable)  # teachability_entropy
+    # Disagreement splits into two parts that add up to d.
+    learnable = d * c  # the teacher reweights tokens that the student considers
+    incompatible = d * (1 - c)  # it wants other tokens
+
+    ranks = {
+        "full": torch.zeros_like(d),  # no order: all are kept, with a budget of 1
+        "teachability": learnable,
+        "teachability_entropy": soft_or(h, learnable),
+        "entropy": h,
+        "divergence": d,
+        "tip": soft_or(h, d),
+        "compatibility": c,
+        "incompatible": incompatible,
+        "random": torch.rand(mask.shape, generator=generator).to(mask.device),
+    }
+    return ranks[method]
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -201,13 +201,15 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     Ties go to the earlier position, row by row. Then each response of which nothing was
     kept gets its best position, which may exceed the budget. For example, with ranks
     [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
-    and .7 are kept, then .3, too. ValueError for other shapes, or a budget outside
-    (0, 1].
+    and .7 are kept, then .3, too. ValueError for other shapes, a mask that is not bool,
+    or a budget outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
     if ranks.dim() != 2 or ranks.shape != mask.shape:
         raise ValueError(f"ranks and mask must be [B, R], got {list(ranks.shape)}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
     valid_ranks = ranks[mask]  # [N] without padding, row by row
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
@@ -222,8 +224,8 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     # A response of which nothing was kept gets its best position.
     for row in range(len(mask)):
         if mask[row].any() and not keep[row].any():
-            best = ranks[row].float().masked_fill(~mask[row], -math.inf).argmax()
-            keep[row, best] = True
+            own_ranks = ranks[row].float().masked_fill(~mask[row], -math.inf)
+            keep[row, own_ranks.argmax()] = True
     return keep
 
 
@@ -234,8 +236,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
     """The loss at each position, in nats: [..., V], [..., V], [...] -> [...].
 
     "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
-    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Its
-    expected gradient is that of "reverse_kl". ValueError for another name.
+    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Averaged
+    over y, its gradient is that of "reverse_kl". ValueError for another name.
     """
     if loss_name == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
@@ -251,60 +253,89 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
     return -advantage * logp
 
 
+def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+    """What is measured at n positions, from their logits [n, V] and sampled tokens [n].
+
+    The log shows the means. To measure more, for a selection rule of your own, see
+    `measure_fn` in `train_step`: it gets the same arguments.
+    """
+    return {
+        # The loss of full on-policy distillation: the curve to watch in the log.
+        "kl_all": reverse_kl(student_logits, teacher_logits),
+        "entropy": entropy(student_logits),
+        "divergence": divergence(student_logits, teacher_logits, k),
+        "compatibility": compatibility(student_logits, teacher_logits, k),
+    }
+
+
 # ======================================================================================
 # 2. One training step
-#
-#    If memory were no matter, this would be a step, for one prompt [1, P] of P tokens:
-#
-#      # 1. Rollout: the student writes a response of R tokens.
-#      ids = student.generate(
-#          prompt, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256
-#      )  # [1, P + R]
-#      tokens = ids[:, P:]  # [1, R]
-#      mask = torch.ones_like(tokens, dtype=torch.bool)  # no padding: all are valid
-#
-#      # 2. Score. The logits at one token predict the next: they begin one place early.
-#      student_logits = student(ids).logits[:, P - 1 : -1]  # [1, R, V]
-#      with torch.no_grad():
-#          teacher_logits = teacher(ids).logits[:, P - 1 : -1]
-#          scores = measure(student_logits, teacher_logits, tokens, k=16)
-#
-#      # 3. Rank.
-#      ranks = rank("teachability", scores, mask)
-#
-#      # 4. Select.
-#      keep = select(ranks, mask, budget=0.1)
-#
-#      # 5. Update.
-#      loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
-#      loss.backward()
-#      torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-#      optimizer.step()
-#      optimizer.zero_grad()
-#
-#    The functions below do the same for a batch. Most of what they add is for memory:
-#
-#    * Logits are huge: V numbers for each position. So a model's layers run first, and
-#      give hidden states, which are small. From these, logits are made for a chunk of
-#      positions at a time, used and forgotten. For the update, the student's layers run
-#      once more, with a gradient, and only the kept positions have logits.
-#    * The layers, too, read some responses at a time: a micro-batch.
-#
-#    The rest is for what two checkpoints bring along:
-#
-#    * Prompts are not equally long. They are padded on the left.
-#    * Two models often end a response with different tokens. These are made one event.
-#    * One may know more tokens than the other. Only shared ones are drawn and compared.
-#    * Sampling settings in a checkpoint would filter p. They are set aside.
-#
-#    More shapes: P prompt tokens, E hidden units, N valid positions of a batch, n some
-#    of them (those of a chunk, say).
 # ======================================================================================
 
+
+def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1):
+    """The method, for one prompt [1, P] of P tokens, if memory were no matter.
+
+    The program does not use it: `train_step`, at the end of this part, takes the same
+    five steps with the functions between. Returns the loss.
+    """
+    student.eval()  # no dropout, in training either: p is one distribution throughout
+    teacher.eval()
+
+    # 1. Rollout: the student writes a response of R tokens.
+    ids = student.generate(
+        prompt, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256
+    )  # [1, P + R]
+    length = prompt.shape[1]  # P
+    tokens = ids[:, length:]  # [1, R]
+    mask = torch.ones_like(tokens, dtype=torch.bool)  # no padding: all are valid
+
+    # 2. Score. The logits at one token predict the next: they begin one place early.
+    student_logits = student(ids).logits[:, length - 1 : -1]  # [1, R, V]
+    with torch.no_grad():
+        teacher_logits = teacher(ids).logits[:, length - 1 : -1]
+        scores = measure(student_logits, teacher_logits, tokens, k)
+
+    # 3. Rank.
+    ranks = rank("teachability", scores, mask)
+
+    # 4. Select.
+    keep = select(ranks, mask, budget)
+
+    # 5. Update.
+    loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+# The functions below do the same for a batch. Most of what they add is for memory:
+#
+# * Logits are huge: V numbers for each position. So a model's layers run first, and
+#   give hidden states, which are small (`hidden_states`). From these, logits are made
+#   for a chunk of positions at a time, used and forgotten (`score`). For the update,
+#   the student's layers run once more, with a gradient, and only the kept positions
+#   have logits (`update`).
+# * The layers, too, read some responses at a time: a micro-batch.
+#
+# The rest is for what two checkpoints bring along:
+#
+# * Prompts are not equally long. They are padded on the left (`pad_left`).
+# * Two models often end a response with different tokens. These are made one event
+#   (`merge_ends`).
+# * One may know more tokens than the other. Only shared ones are drawn (`rollout`) and
+#   compared (`next_token_logits`).
+# * Sampling settings in a checkpoint would filter p. They are set aside
+#   (`generate_with_only`).
+#
+# More shapes: E hidden units, N valid positions of a batch, n some of them (those of a
+# chunk, say).
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False
+    including_emulation=False  # an old GPU's emulation is slower than float32
 )
 PADDING = 0  # any token id will do: nothing valid looks there, see `rollout`
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
@@ -358,18 +389,6 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
 
-def never_sampled(pair):  # -> token ids
-    """The tokens that the student can write, and the teacher cannot.
-
-    A student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
-    152,064, with one tokenizer. An end among them may be drawn: `rollout` counts it as
-    an end that both know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
 def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     """True up to and including the first token that ends the response.
 
@@ -392,9 +411,10 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         top_k=0,  # off. Left unset, generate() would sample among the best 50 only
         top_p=1.0,  # off
         max_new_tokens=max_new_tokens,
-        eos_token_id=pair.end_ids or None,  # generate() takes None, and no empty list
-        pad_token_id=PADDING,
+        # generate() takes None, and no empty list: hence `or None`, twice.
+        eos_token_id=pair.end_ids or None,
         suppress_tokens=never_sampled(pair) or None,
+        pad_token_id=PADDING,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
     ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
@@ -402,7 +422,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     responses = ids[:, prompt_length:]  # [B, R]
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
     is_end = torch.isin(responses, end_ids)  # [B, R]
-    if pair.end_ids:  # whichever token ends a response, it is counted as the first
+    if pair.end_ids:  # any end is written down as the first; what follows is padding
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :prompt_length], responses], -1),
@@ -412,6 +432,17 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
+
+
+def never_sampled(pair):  # -> token ids
+    """The tokens that the student can write, and the teacher cannot.
+
+    A student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
+    152,064, with one tokenizer. Ends are left in: any end counts as the shared one.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
 
 
 def bf16_on_gpu():
@@ -437,10 +468,10 @@ def generate_with_only(settings, model, ids, attention):
         model.generation_config = own_config
 
 
-def hidden_states(model, batch, rows=slice(None)):  # -> [B, R, E]
+def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     """The model's last hidden states, each at the place of the token it predicts.
 
-    `rows` are the responses that run through the model; by default, all of the batch.
+    `rows` are the responses that run through the model; by default, all B of the batch.
     """
     model.eval()  # no dropout: scores and update must see one p. Gradients still flow
     attention = batch.attention[rows]
@@ -507,21 +538,6 @@ def chunk_size(pair):  # -> how many positions have logits at once
     return max(1, LOGITS_AT_ONCE // pair.vocab_size)
 
 
-def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
-    """What is measured at n positions, from their logits [n, V] and sampled tokens [n].
-
-    The log shows the means. To measure more, for a selection rule of your own, see
-    `measure_fn` in `train`: it gets the same arguments.
-    """
-    return {
-        # The loss of full on-policy distillation: the curve to watch in the log.
-        "kl_all": reverse_kl(student_logits, teacher_logits),
-        "entropy": entropy(student_logits),
-        "divergence": divergence(student_logits, teacher_logits, k),
-        "compatibility": compatibility(student_logits, teacher_logits, k),
-    }
-
-
 @torch.no_grad()
 def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     """What measure_fn measures, at every valid position, 0 elsewhere: {name: [B, R]}.
@@ -554,7 +570,10 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
 
 
 def chunk_loss(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
+    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n].
+
+    All n positions have logits at once. For many positions see `sum_of_losses`.
+    """
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     with torch.no_grad():
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
@@ -601,13 +620,10 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         kept = keep[rows]
-        total = sum_of_losses(
-            pair,
-            loss_name,
-            student_hidden=hidden_states(pair.student, batch, rows)[kept],  # [n, E]
-            teacher_hidden=teacher_hidden[rows][kept],  # [n, E]
-            tokens=batch.responses[rows][kept],  # [n]
-        )
+        student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
+        teacher_kept = teacher_hidden[rows][kept]  # [n, E]
+        tokens_kept = batch.responses[rows][kept]  # [n]
+        total = sum_of_losses(pair, loss_name, student_kept, teacher_kept, tokens_kept)
         # Divided by the count of the whole batch. With a mean for each micro-batch, a
         # position would weigh more where few others were kept.
         loss = total / number_kept
@@ -625,113 +641,61 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     return mean_loss, norm
 
 
-# ======================================================================================
-# 3. Train and evaluate
-# ======================================================================================
+def train_step(
+    pair, optimizer, prompts, args, generator, rule=None, measure_fn=measure
+):
+    """One step on a batch of prompts, with the program's flags `args` -> its log line.
 
-
-def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
-    """Train the student in place. `args` are the program's flags, see `parse_args`.
-
-    `resumed` is what `save` wrote, to go on from there. rule(scores, mask) -> [B, R]
-    ranks the positions in place of `rank`, and measure_fn(...) measures in place of
-    `measure`, whose result it must contain: a selection of your own.
+    rule(scores, mask) -> [B, R] ranks the positions in place of `rank`, and
+    measure_fn(...) measures in place of `measure`: a selection rule of your own.
     """
-    student = pair.student
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=args.lr, weight_decay=0.1, fused=True
-    )
-    first_step = 0
-    if resumed is not None:
-        first_step = resumed["step"]
-        optimizer.load_state_dict(resumed["optimizer"])
+    # 1. Rollout: the student writes.
+    started = time.time()
+    batch = rollout(pair, prompts, args.max_new_tokens)
+    rollout_seconds = time.time() - started
 
-    # The prompts are shuffled once: each epoch has the same order.
-    shuffle = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(examples), generator=shuffle).tolist()
+    # 2. Score: both models read what it wrote, and are compared at every token.
+    size = args.micro_batch_size
+    student_hidden = all_hidden_states(pair.student, batch, size)
+    teacher_hidden = all_hidden_states(pair.teacher, batch, size)
+    scores = score(pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn)
+    if "kl_all" not in scores:
+        raise ValueError("measure_fn must return what measure does, and may add")
 
-    micro_batch = args.micro_batch_size
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
-    for step in progress:
-        started = time.time()
-        # Each step has a seed of its own, so that a resumed run goes on bit for bit.
-        step_seed = args.seed * 1_000_003 + step
-        torch.manual_seed(step_seed)  # for the rollout
-        generator = torch.Generator().manual_seed(step_seed)  # for --select random
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10)  # warm-up
+    # 3. Rank.
+    if rule is None:
+        ranks = rank(args.select, scores, batch.mask, generator)
+    else:
+        ranks = rule(scores, batch.mask)
+    check_ranks(ranks, batch.mask, args.select, rule)
 
-        prompts = []
-        first = step * args.batch_size
-        for i in range(first, first + args.batch_size):
-            example = examples[order[i % len(order)]]  # after the last, the first again
-            prompts.append(example["prompt"])
+    # 4. Select.
+    keep_all = rule is None and args.select == "full"
+    keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
 
-        # 1. Rollout: the student writes.
-        batch = rollout(pair, prompts, args.max_new_tokens)
-        rollout_seconds = time.time() - started
+    # 5. Update: the student reads once more, now with a gradient.
+    loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
 
-        # 2. Score: both models read what it wrote, and are compared at every token.
-        student_hidden = all_hidden_states(pair.student, batch, micro_batch)
-        teacher_hidden = all_hidden_states(pair.teacher, batch, micro_batch)
-        scores = score(
-            pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn
-        )
-        if "kl_all" not in scores:
-            raise ValueError("measure_fn must return what measure does, and may add")
-
-        # 3. Rank.
-        if rule is None:
-            name = args.select
-            ranks = rank(name, scores, batch.mask, generator)
-        else:
-            name = getattr(rule, "__name__", "rule")
-            ranks = rule(scores, batch.mask)
-        check_ranks(ranks, batch.mask, name)
-
-        # 4. Select.
-        budget = 1 if name == "full" else args.budget
-        keep = select(ranks, batch.mask, budget)
-
-        # 5. Update: the student reads once more, now with a gradient.
-        try:
-            loss, norm = update(
-                pair, optimizer, batch, teacher_hidden, keep, args.loss, micro_batch
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}") from error
-
-        line = {
-            "step": step,
-            "loss": loss,
-            **summarize(scores, batch, keep),
-            "seconds": time.time() - started,
-            "rollout_seconds": rollout_seconds,
-            "gradient_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        log(out / "log.jsonl", line, args.steps)
-        progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
-
-        if args.save_every and (step + 1) % args.save_every == 0:
-            state = {
-                "step": step + 1,
-                "optimizer": optimizer.state_dict(),
-                "settings": resume_settings(args, examples),
-            }
-            save(pair, out / f"step-{step + 1}", state)
+    return {
+        "loss": loss,
+        **summarize(scores, batch, keep),
+        "rollout_seconds": rollout_seconds,
+        "gradient_norm": norm,
+    }
 
 
-def check_ranks(ranks, mask, name):  # [B, R], [B, R]
+def check_ranks(ranks, mask, select, rule):  # [B, R], [B, R], a method, None or yours
     """ValueError unless a rule of your own ranks all positions; a warning for ties."""
-    if ranks.shape != mask.shape:
-        raise ValueError(
-            f"{name} must return a number for each position, {tuple(mask.shape)}; it "
-            f"returned {tuple(ranks.shape)}"
-        )
-    if name not in METHODS and ranks[mask].isnan().any():
-        raise ValueError(f"{name} must return numbers, and returned nan")
+    name = select
+    if rule is not None:
+        name = getattr(rule, "__name__", "rule")
+        if ranks.shape != mask.shape:
+            raise ValueError(
+                f"{name} must return a number for each position, {tuple(mask.shape)}; "
+                f"it returned {tuple(ranks.shape)}"
+            )
+        if ranks[mask].isnan().any():
+            raise ValueError(f"{name} must return numbers, and returned nan")
     if name != "full" and (ranks[mask] == ranks[mask][0]).all():
         warn(f"{name} ranks all positions alike, so the first ones are kept")
 
@@ -754,15 +718,95 @@ def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
     return means
 
 
-NOT_IN_TERMINAL = ("rollout_seconds", "valid", "gradient_norm", "lr")
+# ======================================================================================
+# 3. Train and evaluate
+# ======================================================================================
+
+
+def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
+    """Train the student in place, step by step; log, and save now and then.
+
+    `args` are the program's flags, see `parse_args`. `resumed` is what `save` wrote, to
+    go on from there. `rule` and `measure_fn` are for `train_step`.
+    """
+    optimizer = torch.optim.AdamW(
+        pair.student.parameters(), lr=args.lr, weight_decay=0.1, fused=True
+    )
+    first_step = 0
+    if resumed is not None:
+        first_step = resumed["step"]
+        optimizer.load_state_dict(resumed["optimizer"])
+
+    # The prompts are shuffled once: each epoch has the same order.
+    shuffle = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(examples), generator=shuffle).tolist()
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
+    for step in progress:
+        started = time.time()
+        generator = seed_step(args.seed, step)
+        warm_up = min(1, (step + 1) / 10)  # over the first ten steps
+        optimizer.param_groups[0]["lr"] = args.lr * warm_up
+        prompts = prompts_of_step(examples, order, step, args.batch_size)
+        try:
+            result = train_step(
+                pair, optimizer, prompts, args, generator, rule, measure_fn
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from error
+
+        line = {
+            "step": step,
+            **result,
+            "seconds": time.time() - started,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        log(out / "log.jsonl", line, args.steps)
+        progress.set_postfix(kl_all=f"{line['kl_all']:.4f}", refresh=False)
+
+        if args.save_every and (step + 1) % args.save_every == 0:
+            state = {
+                "step": step + 1,
+                "optimizer": optimizer.state_dict(),
+                "settings": resume_settings(args, examples),
+            }
+            save(pair, out / f"step-{step + 1}", state)
+
+
+def seed_step(seed, step):  # -> the generator of --select random
+    """Each step has a seed of its own, so that a resumed run goes on bit for bit."""
+    step_seed = seed * 1_000_003 + step  # no two runs share one within a million steps
+    torch.manual_seed(step_seed)  # for the rollout
+    return torch.Generator().manual_seed(step_seed)
+
+
+def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token ids
+    prompts = []
+    first = step * batch_size
+    for i in range(first, first + batch_size):
+        example = examples[order[i % len(order)]]  # after the last, the first again
+        prompts.append(example["prompt"])
+    return prompts
+
+
+NOT_IN_TERMINAL = (
+    "rollout_seconds",
+    "valid",
+    "kept",
+    "kept_kl_all",
+    "kept_entropy",
+    "kept_divergence",
+    "kept_compatibility",
+    "gradient_norm",
+    "lr",
+)
 
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    columns = []
-    for name in line:
-        if name not in NOT_IN_TERMINAL and not name.startswith("kept"):
-            columns.append(name)
+    columns = [name for name in line if name not in NOT_IN_TERMINAL]
     if not path.exists():  # this is the first row: before it, the heading
         show("  ".join(f"{name:>7}" for name in columns))
     with open(path, "a", encoding="utf-8") as file:
@@ -779,7 +823,7 @@ def log(path, line, steps):  # {name: number}
 
 
 def measure_held_out(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
-    """As `measure`, for `evaluate`."""
+    """As `measure`, for `evaluate`. It has no use for k."""
     same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
     return {
         "reverse_kl": reverse_kl(student_logits, teacher_logits),
@@ -983,6 +1027,10 @@ def make_pair(student, teacher, tokenizer, temperature=1.0):  # -> Pair
     """
     if student is teacher:
         raise InputError("student and teacher are one object; load the model twice")
+    for model in (student, teacher):
+        if not isinstance(model, transformers.PreTrainedModel):
+            name = type(model).__name__
+            raise InputError(f"{name} is no language model of the transformers library")
     check_logits(student)
     check_logits(teacher)
     check_trainable(student, "the student")
@@ -1594,7 +1642,7 @@ def prepare(args):  # -> Pair, training examples, held-out examples
 
 
 def main(args, rule=None, measure_fn=measure):
-    """Evaluate, train, save, evaluate. For `rule` and `measure_fn` see `train`."""
+    """Evaluate, train, save, evaluate. For `rule` and `measure_fn` see `train_step`."""
     started = time.time()
     if rule is not None:
         args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
