@@ -13,8 +13,28 @@ looking at the same tokens twice, before training and after it:
 
 `python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` skips
 the training: OUT is a run of `opd.py --select full`. Four tables are printed, and a
-page for the browser has more. What they ask is shown on three made-up positions, where
-part 3 begins.
+page for the browser has more. What they ask, on three made-up positions (D and C are
+rescaled to [0, 1]; the gains are what the paper would expect):
+
+                           D     C    learnable    incompatible    gain
+                                        D * C       D * (1 - C)
+     the result "17"      .5     1       .5              0          .9
+     the word "gets"       1     0        0              1           0
+     the name "Ben"        0     1        0              0           0
+
+  gain_of_kept    If one of the three is kept, which? Divergence keeps "gets", which
+                  gains 0, and teachability keeps "17", which gains .9.
+                  The demo: so it is in reverse KL and overlap, not in forward KL.
+  explain         What predicts the gain? It rises with the learnable part, and not with
+                  the incompatible one.
+                  The demo: the other way round. There, "gets" gains, too.
+  compare_thirds  Of two positions with little entropy and much D, say "17" and "gets",
+                  does the more compatible one gain more?
+                  The demo: no. In forward KL it gains less, else about the same.
+  leak            What if C is measured after training? Suppose that "gets" has gained.
+                  What it learned is among the trained student's top K: so C is 1, and
+                  the gain is put down to the learnable part.
+                  The demo: with K = 32 this turns the answer of `explain` round.
 
 A gain is above 0 where the student came nearer. It is measured in several ways:
 
@@ -23,10 +43,11 @@ A gain is above 0 where the student came nearer. It is measured in several ways:
   overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1], the probability that both
               models agree on
   relative    the fall of forward_kl as a share of what it was, as in the paper's code
-              (only where the paper's tables have it)
+              (only in `explain` and `leak`)
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. D is
-the divergence, C the compatibility, K the number of top tokens that these two look at.
+the divergence, C the compatibility, K the number of top tokens that these two look at:
+16, and for comparison 8 and 32.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
@@ -50,7 +71,7 @@ def main(args):
     pair, training, held_out = opd.prepare(args)
     trained = None
     if args.after:
-        trained = load_trained(pair, args)  # first of all, as it may be refused
+        trained = load_trained(pair, args)  # if it is refused, then at once
     out = opd.new_folder(args.out, "diagnosis")
 
     prompts = []
@@ -62,7 +83,7 @@ def main(args):
     batches = freeze(pair, prompts, args)
 
     # 2. Measure them before training.
-    before_at = measure_contexts(pair, batches, args)  # {K: {name: [N]}}
+    before = measure_contexts(pair, batches, args)  # {name: [N]}
 
     # 3. Train, on all positions (--select full) unless asked otherwise.
     if trained is None:
@@ -71,10 +92,10 @@ def main(args):
         trained = pair  # opd.train has changed the student in place
 
     # 4. Measure the same contexts again.
-    after_at = measure_contexts(trained, batches, args)
+    after = measure_contexts(trained, batches, args)
 
     # 5. Report.
-    report(pair, prompts, len(held_out), before_at, after_at, args, out)
+    report(pair, prompts, len(held_out), before, after, args, out)
 
 
 # ======================================================================================
@@ -100,23 +121,37 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     return torch.minimum(p, q).sum(-1)
 
 
-def measure_chunk(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
     """All that is measured at n positions, in nats but for overlap and C.
 
-    The five likeliest tokens of both models, [n, 5], are for the page.
+    D and C for each K of `ks`: see `at_k`. The five likeliest tokens of both models,
+    [n, 5], are for the page.
     """
     five = min(5, student_logits.shape[-1])
-    return {
+    measured = {
         "token": tokens,
         "forward_kl": opd.forward_kl(student_logits, teacher_logits),
         "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
         "overlap": overlap(student_logits, teacher_logits),
         "entropy": opd.entropy(student_logits),
-        "divergence": opd.divergence(student_logits, teacher_logits, k),
-        "compatibility": opd.compatibility(student_logits, teacher_logits, k),
         "teacher_entropy": opd.entropy(teacher_logits),
         "student_choices": student_logits.topk(five).indices,
         "teacher_choices": teacher_logits.topk(five).indices,
+    }
+    for k in ks:
+        D = opd.divergence(student_logits, teacher_logits, k)
+        C = opd.compatibility(student_logits, teacher_logits, k)
+        measured[f"divergence_{k}"] = D
+        measured[f"compatibility_{k}"] = C
+    return measured
+
+
+def at_k(measured, k):  # {name: [N]} -> {name: [N]}
+    """With this K's D and C under the names "divergence" and "compatibility"."""
+    return {
+        **measured,
+        "divergence": measured[f"divergence_{k}"],
+        "compatibility": measured[f"compatibility_{k}"],
     }
 
 
@@ -125,42 +160,36 @@ def locate(mask):  # [B, R] bool -> [B, R] twice
     response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
     tokens_before = mask.cumsum(-1) - 1
     length = mask.sum(-1, keepdim=True)
-    return response, tokens_before.double() / (length - 1).clamp(min=1)
+    progress = tokens_before.double() / (length - 1).clamp(min=1)
+    return response, progress
 
 
-def measure_contexts(pair, batches, args):  # -> {K: {name: [N]}}
-    """`measure_chunk`, and "context" and "position" from `locate`, for each K.
+def measure_contexts(pair, batches, args):  # -> {name: [N]}
+    """`measure_chunk`, and "context" and "progress" from `locate`.
 
     The N positions come context by context, left to right.
     """
-    parts = {}
-    for k in args.ks:
-        parts[k] = defaultdict(list)
-
+    parts = defaultdict(list)
     contexts = 0
     for batch in tqdm(batches, "scoring contexts", disable=None):
         size = args.micro_batch_size
         student_hidden = opd.all_hidden_states(pair.student, batch, size)
         teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-        response, progress = locate(batch.mask)
-        for k in args.ks:  # plainly: only D and C depend on K
-            scores = opd.score(
-                pair, batch, student_hidden, teacher_hidden, k, measure_chunk
-            )
-            scores["context"] = contexts + response
-            scores["position"] = progress
-            for name, values in scores.items():
-                parts[k][name].append(values[batch.mask].cpu().numpy())
+        scores = opd.score(  # it hands args.ks on to measure_chunk
+            pair, batch, student_hidden, teacher_hidden, args.ks, measure_chunk
+        )
+        response, scores["progress"] = locate(batch.mask)
+        scores["context"] = contexts + response
         contexts += len(batch.mask)
+        for name, values in scores.items():
+            parts[name].append(values[batch.mask].cpu().numpy())
 
     measured = {}
-    for k in args.ks:
-        measured[k] = {}
-        for name, arrays in parts[k].items():
-            values = np.concatenate(arrays)
-            if values.dtype == np.float32:
-                values = values.astype(np.float64)  # for long sums
-            measured[k][name] = values
+    for name, arrays in parts.items():
+        values = np.concatenate(arrays)
+        if values.dtype == np.float32:
+            values = values.astype(np.float64)  # for long sums
+        measured[name] = values
     return measured
 
 
@@ -288,29 +317,7 @@ def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
 
 # ======================================================================================
 # 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
-#    cell is an estimate, a number or a text.
-#
-#    What the paper expects, on three made-up positions. D and C are rescaled to [0, 1]:
-#
-#                            D     C    learnable    incompatible    gain
-#                                         D * C       D * (1 - C)
-#      the result "17"      .5     1       .5              0          .9
-#      the word "gets"       1     0        0              1           0
-#      the name "Ben"        0     1        0              0           0
-#
-#    gain_of_kept    If one of the three is kept, divergence keeps "gets", which gains
-#                    0, and teachability keeps "17", which gains .9.
-#    explain         The gain rises with the learnable part, not with the incompatible
-#                    one: the first has the larger slope.
-#    compare_thirds  Of positions with low entropy and high D, say "17" and "gets", the
-#                    more compatible one gains more.
-#    leak            Suppose that "gets" gained, too. If what it learned is among the
-#                    trained student's top K, a C from after training is 1 there, and
-#                    the gain is put down to the learnable part.
-#
-#    What the demo shows: the first is so (in reverse KL and overlap). The others are
-#    not: "gets" gains, too, in forward KL. The README has the figures, in section 6 and
-#    in finding 5.
+#    cell is an estimate, a number or a text. What the tables ask is said at the top.
 # ======================================================================================
 
 
@@ -334,7 +341,7 @@ def make_features(before):  # {name: [N]} -> {name: [N]}
         "learnable": d * c,  # the teacher reweights tokens that the student considers
         "incompatible": d * (1 - c),  # it wants other tokens; the two add up to D
         "tip": 1 - (1 - h) * (1 - d),  # soft OR of entropy and D, as in opd.rank
-        "position": before["position"],
+        "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
     }
 
@@ -343,12 +350,12 @@ def columns_of(gains):  # {measure: [N]} -> [N, measures]
     return np.column_stack(list(gains.values()))
 
 
-def estimates(statistic, arrays, before, args, labels, columns):  # -> rows
-    """A table of `bootstrap`'s estimates: a label for each row, a name for each column.
+def estimates(statistic, arrays, context, args, labels, columns):  # -> rows
+    """What `bootstrap` finds, as a table: a label for each row, a name for each column.
 
-    InputError if a value is missing.
+    `statistic` returns [labels, columns]. InputError if a value is missing.
     """
-    found = bootstrap(statistic, arrays, before["context"], args.bootstrap, args.seed)
+    found = bootstrap(statistic, arrays, context, args.bootstrap, args.seed)
     if np.isnan(found["value"]).any():
         raise opd.InputError(
             "there are too few positions for the report's groups; use more --contexts"
@@ -384,13 +391,13 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
 
 def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
-    kept = []
+    kept = []  # the groups of `group_means`; a position may be in several of them
     for method in opd.METHODS:
         kept.append(kept_by(method, before, budget, args.seed))
     return estimates(
         group_means,
         [columns_of(gains), np.column_stack(kept)],
-        before,
+        before["context"],
         args,
         labels=opd.METHODS,
         columns=list(gains),
@@ -413,8 +420,8 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 # other three are controls: an unsure student, or an early position, may gain more
 # whatever the teacher says, and the two parts must not get the credit for that. UNSPLIT
 # is the paper's baseline: D as a whole, and its product with the entropy.
-REGRESSORS = ("learnable", "incompatible", "entropy", "position", "teacher_entropy")
-UNSPLIT = ("D", "entropy * D", "entropy", "position", "teacher_entropy")
+REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
 def design(features, names):  # -> X [N, 1 + names]
@@ -435,10 +442,9 @@ def design(features, names):  # -> X [N, 1 + names]
 
 def slopes_and_gap(X, Y):  # X as `design` makes it for REGRESSORS -> [outcomes, 3]
     """The slopes of the learnable and the incompatible part, and their difference."""
-    slopes = least_squares(X, Y)  # [1 + REGRESSORS, outcomes]; the first is of the ones
-    learnable = slopes[1]
-    incompatible = slopes[2]
-    return np.column_stack([learnable, incompatible, learnable - incompatible])
+    slope = dict(zip(("ones", *REGRESSORS), least_squares(X, Y)))  # {name: [outcomes]}
+    gap = slope["learnable"] - slope["incompatible"]
+    return np.column_stack([slope["learnable"], slope["incompatible"], gap])
 
 
 def r2(X, Y):  # -> [outcomes]
@@ -454,12 +460,13 @@ def explain(before, gains, args):  # -> rows
     """
     gains = with_relative(gains, before)
     features = make_features(before)
-    X = design(features, REGRESSORS)  # made once, from the sample, not in each draw
+    # Made once, from the sample: a draw only chooses rows. So a slope keeps its unit.
+    X = design(features, REGRESSORS)
     Y = np.column_stack([zscore(gain) for gain in gains.values()])
     rows = estimates(
         slopes_and_gap,
         [X, Y],
-        before,
+        before["context"],
         args,
         labels=list(gains),
         columns=("learnable", "incompatible", "gap"),
@@ -474,7 +481,10 @@ def explain(before, gains, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D, split at their medians: the paper calls it Q3."""
+    """Low entropy and high D, each split at its median.
+
+    That makes four quadrants; the paper calls this one Q3.
+    """
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
@@ -493,7 +503,7 @@ def compare_thirds(before, gains, args):  # -> rows
     return estimates(
         thirds_and_contrast,
         [columns_of(gains), thirds],
-        before,
+        before["context"],
         args,
         labels=("least compatible", "middle", "most compatible", "most - least"),
         columns=list(gains),
@@ -507,7 +517,7 @@ def compare_quarters(before, gains, part, args):  # -> rows
     return estimates(
         group_means,
         [columns_of(gains), quarters],
-        before,
+        before["context"],
         args,
         labels=("lowest quarter", "second", "third", "highest"),
         columns=list(gains),
@@ -543,7 +553,12 @@ def rank_correlations(before, gains, args):  # -> rows
     X = np.column_stack([mean_ranks(features[name]) for name in names])
     Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
     return estimates(
-        correlations, [X, Y], before, args, labels=names, columns=list(gains)
+        correlations,
+        [X, Y],
+        before["context"],
+        args,
+        labels=names,
+        columns=list(gains),
     )
 
 
@@ -552,10 +567,10 @@ def rank_correlations(before, gains, args):  # -> rows
 # ======================================================================================
 
 
-def all_tables(before_at, after_at, args, decode):  # -> a list of tables
+def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
     """Everything that the report says in numbers, and how to read it.
 
-    before_at and after_at are {K: {name: [N]}}. Some are printed; the page has all.
+    Some are printed; the page has all.
     """
     tables = []
 
@@ -564,13 +579,15 @@ def all_tables(before_at, after_at, args, decode):  # -> a list of tables
         tables.append(table)
 
     k = args.top_k
-    gains = gains_of(before_at[k], after_at[k])  # the same for each K
+    gains = gains_of(before, after)
+    before = at_k(before, k)
+    after = at_k(after, k)
 
     add(
         f"Mean gain of the 10% that each method would keep, K={k}",
         "Of all contexts together, equally many for each method; full keeps all. Of "
         "equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
-        gain_of_kept(before_at[k], gains, 0.1, args),
+        gain_of_kept(before, gains, 0.1, args),
         printed=True,
     )
     add(
@@ -579,7 +596,7 @@ def all_tables(before_at, after_at, args, decode):  # -> a list of tables
         "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
         "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: "
         "the share of the gain that is explained, with D in two parts and unsplit.",
-        explain(before_at[k], gains, args),
+        explain(before, gains, args),
         printed=True,
     )
     add(
@@ -587,7 +604,7 @@ def all_tables(before_at, after_at, args, decode):  # -> a list of tables
         "Mean gain of the positions with entropy at most, and D at least, its median, "
         "in three equal groups, from the lowest C to the highest. If the last "
         "row is above 0, more is gained where the teacher's advice is more compatible.",
-        compare_thirds(before_at[k], gains, args),
+        compare_thirds(before, gains, args),
         printed=True,
     )
     add(
@@ -595,30 +612,30 @@ def all_tables(before_at, after_at, args, decode):  # -> a list of tables
         "C before: as in the other tables. C after is a leak: by then, what was "
         "learned stands in the trained student's top K, so C knows what it is asked to "
         "predict. Only C before can choose positions. most - least: as in Q3 above.",
-        leak(before_at[k], after_at[k], gains, args),
+        leak(before, after, gains, args),
         printed=True,
     )
     add(
         f"Rank correlation with the gain, K={k}",
         "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-        rank_correlations(before_at[k], gains, args),
+        rank_correlations(before, gains, args),
     )
     for budget in (0.03, 0.05):
         add(
             f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
             "As above, for a smaller budget.",
-            gain_of_kept(before_at[k], gains, budget, args),
+            gain_of_kept(before, gains, budget, args),
         )
     add(
         f"What each method would keep at 10%, K={k}",
         "Its most frequent tokens, and their share.",
-        kept_tokens(before_at[k], 0.1, args.seed, decode),
+        kept_tokens(before, 0.1, args.seed, decode),
     )
     for part in ("learnable", "incompatible"):
         add(
             f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
             "Mean gain, from the quarter with the least of it to that with the most.",
-            compare_quarters(before_at[k], gains, part, args),
+            compare_quarters(before, gains, part, args),
         )
     for other in args.ks:
         if other == k:
@@ -626,17 +643,17 @@ def all_tables(before_at, after_at, args, decode):  # -> a list of tables
         add(
             f"What explains the gain? K={other}",
             "As above, with another number of top tokens.",
-            explain(before_at[other], gains, args),
+            explain(at_k(before, other), gains, args),
         )
         add(
             f"If C were measured after training, K={other}",
             "As above, with another number of top tokens.",
-            leak(before_at[other], after_at[other], gains, args),
+            leak(at_k(before, other), at_k(after, other), gains, args),
         )
         add(
             f"Sure, yet in disagreement, K={other}",
             "As above, with another number of top tokens.",
-            compare_thirds(before_at[other], gains, args),
+            compare_thirds(at_k(before, other), gains, args),
         )
     return tables
 
@@ -685,16 +702,17 @@ def as_text(table):  # -> its rows, for a terminal of 100 columns
     return "\n".join([*lines, as_quote(table["reading"])])
 
 
-def position_lines(before_at, after_at, k, decode):  # -> the text of positions.jsonl
-    """One object for each position, with all that was measured there, for each K."""
-    gains = gains_of(before_at[k], after_at[k])
+def position_lines(before, after, decode):  # -> the text of positions.jsonl
+    """One object for each position, with all that was measured there."""
+    gains = gains_of(before, after)
     lines = []
-    for i, token in enumerate(before_at[k]["token"].tolist()):
-        line = {"text": decode(token), "gain": values_at(gains, i)}
-        for part, measured in (("before", before_at), ("after", after_at)):
-            line[part] = {}
-            for other, scores in measured.items():
-                line[part][f"K={other}"] = values_at(scores, i)
+    for i, token in enumerate(before["token"].tolist()):
+        line = {
+            "text": decode(token),
+            "gain": values_at(gains, i),
+            "before": values_at(before, i),
+            "after": values_at(after, i),
+        }
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
@@ -706,16 +724,15 @@ def values_at(scores, i):  # {name: [N]} -> {name: number}
     return values
 
 
-def report(pair, prompts, held_out_count, before_at, after_at, args, out):
+def report(pair, prompts, held_out_count, before, after, args, out):
     """Step 5: write the files, then print, so that a broken terminal harms nothing."""
     # First what took long to measure: a table may fail, as with too few positions.
     decode = pair.tokenizer.decode
-    k = args.top_k
-    lines = position_lines(before_at, after_at, k, decode)
+    lines = position_lines(before, after, decode)
     opd.write_file(out / "positions.jsonl", lines)
 
-    summary = what_was_measured(held_out_count, before_at[k], after_at[k], args)
-    tables = all_tables(before_at, after_at, args, decode)
+    summary = what_was_measured(held_out_count, before, after, args)
+    tables = all_tables(before, after, args, decode)
     content = {
         "summary": summary,
         "tables": tables,
@@ -728,7 +745,8 @@ def report(pair, prompts, held_out_count, before_at, after_at, args, out):
     }
     opd.write_file(out / "report.json", json.dumps(content))
 
-    responses = token_map(prompts, before_at[k], after_at[k], decode)
+    gains = gains_of(before, after)
+    responses = token_map(prompts, at_k(before, args.top_k), gains, decode)
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
     opd.show(summary)
@@ -775,7 +793,7 @@ def parse_args(argv=None):
     # may have been trained on all but --eval-prompts of them.
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
-    args.ks = sorted({8, 16, 32, args.top_k})
+    args.ks = sorted({8, 16, 32, args.top_k})  # for D and C
     return args
 
 
@@ -857,10 +875,9 @@ def tooltip(i, before, gains, decode):  # -> text about position i
     return "\n".join(lines)
 
 
-def token_map(prompts, before, after, decode):  # -> HTML
+def token_map(prompts, before, gains, decode):  # -> HTML
     """The first contexts, token by token, coloured by both parts of D."""
     features = make_features(before)
-    gains = gains_of(before, after)
     paragraphs = []
     for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
         spans = [f'<span class="faint">{visible(decode(prompt))}</span>']

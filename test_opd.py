@@ -2644,7 +2644,9 @@ def test_two_models_in_memory_make_the_pair_that_their_files_make(store):
     assert not any(weight.requires_grad for weight in made.teacher.parameters())
 
 
-@pytest.mark.parametrize("fault", ["frozen", "bf16", "capped", "twice"])
+@pytest.mark.parametrize(
+    "fault", ["frozen", "bf16", "capped", "no transformer", "twice"]
+)
 def test_two_models_in_memory_are_checked_as_those_of_files_are(store, fault):
     pair = load(store)
     weight = pair.student.model.norm.weight
@@ -2654,6 +2656,9 @@ def test_two_models_in_memory_are_checked_as_those_of_files_are(store, fault):
     if fault == "bf16":
         pair.student.bfloat16()
         says = "the student: model.* cannot be trained"
+    if fault == "no transformer":
+        pair = pair._replace(teacher=torch.nn.Linear(2, 2))
+        says = "Linear is no language model"
     if fault == "twice":
         pair = pair._replace(teacher=pair.student)
         says = "one object"
@@ -3666,7 +3671,7 @@ def test_a_row_has_a_cell_for_each_column_and_none_without_a_value(monkeypatch):
     }
     monkeypatch.setattr(diagnose, "bootstrap", lambda *_: found)
     args = SimpleNamespace(bootstrap=1, seed=0)
-    given = (None, [], {"context": None}, args, ["row"], ["a", "b"])
+    given = (None, [], None, args, ["row"], ["a", "b"])
     assert diagnose.estimates(*given) == {
         "row": {
             "a": {"value": 1.0, "low": 0.5, "high": 3.0},
@@ -3692,20 +3697,18 @@ def made_up(effect, c_of="before", contexts=60, each=30):
     n = len(context)
     before = {}
     after = {}
-    of_k = {}  # (K, before or after) -> D and C
-    for when, scores in (("before", before), ("after", after)):
+    for scores in (before, after):
         for k in (8, 16, 32):
-            d = generator.uniform(size=n)
-            c = generator.uniform(size=n)
-            of_k[k, when] = {"divergence": d, "compatibility": c}
+            scores[f"divergence_{k}"] = generator.uniform(size=n)
+            scores[f"compatibility_{k}"] = generator.uniform(size=n)
         for name in ("entropy", "teacher_entropy", *MEASURES):
             scores[name] = generator.uniform(size=n)
-    before["position"] = generator.uniform(size=n)
+    before["progress"] = generator.uniform(size=n)
     before["context"] = context
     before["token"] = generator.integers(0, 9, size=n)
 
-    c = of_k[16, c_of]["compatibility"]
-    learnable = of_k[16, "before"]["divergence"] * c
+    c = {"before": before, "after": after}[c_of]["compatibility_16"]
+    learnable = before["divergence_16"] * c
     gains = {}
     for name in MEASURES:
         of_context = 0.3 * generator.normal(size=contexts)
@@ -3723,8 +3726,6 @@ def made_up(effect, c_of="before", contexts=60, each=30):
         ks=[8, 16, 32],
         budget=0.1,
     )
-    before = {k: {**before, **of_k[k, "before"]} for k in args.ks}
-    after = {k: {**after, **of_k[k, "after"]} for k in args.ks}
     return before, after, gains, args
 
 
@@ -3795,7 +3796,7 @@ class Recomputed:
         self.d = self.tilde(before["divergence"])
         self.c = self.tilde(before["compatibility"])
         self.c_after = self.tilde(after["compatibility"])
-        self.position = before["position"]
+        self.position = before["progress"]
         self.q3 = sure_yet_in_disagreement(self.h, self.d)
 
     def tilde(self, values):
@@ -3833,8 +3834,8 @@ def test_the_decomposition_is_that_of_a_plain_recomputation(planted, planted_tab
     for k in (8, 16, 32):
         explained = planted_tables[f"{EXPLAINED} K={k}"]
         assert list(explained) == [*MEASURES, "relative"]
-        plain = Recomputed(before[k], after[k])
-        for name, outcome in four_outcomes(before[16], gains).items():
+        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
+        for name, outcome in four_outcomes(diagnose.at_k(before, 16), gains).items():
             slopes, r2 = slopes_by_lstsq(plain.split(plain.c), outcome)
             _, unsplit_r2 = slopes_by_lstsq(plain.unsplit(), outcome)
             cells = explained[name]
@@ -3850,8 +3851,8 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
     for k in (8, 16, 32):
         leaked = planted_tables[f"{LEAKED} K={k}"]
         assert len(leaked) == 8
-        plain = Recomputed(before[k], after[k])
-        for name, outcome in four_outcomes(before[16], gains).items():
+        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
+        for name, outcome in four_outcomes(diagnose.at_k(before, 16), gains).items():
             for when, c in (("before", plain.c), ("after", plain.c_after)):
                 slopes, _ = slopes_by_lstsq(plain.split(c), outcome)
                 gap = slopes[1] - slopes[2]
@@ -3864,7 +3865,7 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
 def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
     for k, title in THIRDS.items():
-        plain = Recomputed(before[k], after[k])
+        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
         thirds = groups_by_loops(plain.q3, plain.c, 3)
         labels = ["least compatible", "middle", "most compatible"]
         found = planted_tables[title]
@@ -3878,7 +3879,7 @@ def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_t
         assert list(found["most - least"]) == list(MEASURES)
         assert values(found["most - least"]) == pytest.approx(expected, abs=1e-6)
 
-    plain = Recomputed(before[16], after[16])
+    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
     parts = {"learnable": plain.d * plain.c, "incompatible": plain.d * (1 - plain.c)}
     for part, feature in parts.items():
         quarters = planted_tables[QUARTERS.format(part)]
@@ -3891,7 +3892,7 @@ def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_t
 
 def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
-    plain = Recomputed(before[16], after[16])
+    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
     orders = {
         "D": plain.d,
         "learnable": plain.d * plain.c,
@@ -3911,7 +3912,7 @@ def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_t
 def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, args = planted
     tokens = planted_tables["What each method would keep at 10%, K=16"]
-    plain = Recomputed(before[16], after[16])
+    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
     learnable = plain.d * plain.c
     n = len(plain.d)
     generator = torch.Generator().manual_seed(args.seed)
@@ -3936,7 +3937,7 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
             found = planted_tables[kept_at(share)]
             assert list(found) == list(opd.METHODS)
             assert values(found[method]) == pytest.approx(expected, abs=1e-6)
-        counts = Counter(before[16]["token"][sorted(best)].tolist())
+        counts = Counter(before["token"][sorted(best)].tolist())
         texts = []
         for token, count in counts.most_common(5):
             texts.append(f"'t{token}' {count / len(best):.0%}")
@@ -3946,7 +3947,7 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
 def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tables):
     # Features, ranks and groups are those of the sample; their members are drawn.
     before, after, gains, args = planted
-    plain = Recomputed(before[16], after[16])
+    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
     X = np.column_stack([np.ones(1800), *map(z, plain.split(plain.c))])
     gain = gains["overlap"]
     learnable = plain.d * plain.c
@@ -3961,7 +3962,7 @@ def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tabl
     quarters = []
     correlations = []
     means = []
-    for at in drawn(before[16]["context"], args.bootstrap, args.seed):
+    for at in drawn(before["context"], args.bootstrap, args.seed):
         slopes = np.linalg.lstsq(X[at], z(gain)[at], rcond=None)[0]
         gaps.append(slopes[2] - slopes[3])
         most = np.mean([gain[i] for i in at if i in highest])
@@ -3992,14 +3993,14 @@ def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
     # a response without one there is nothing here: 7 of 25 contexts have one at most.
     before, *_ = made_up(0.0, contexts=25, each=4)
     for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
-        kept = diagnose.kept_by(method, before[16], budget, seed=0)
+        kept = diagnose.kept_by(method, diagnose.at_k(before, 16), budget, seed=0)
         assert kept.sum() == (100 if method == "full" else expected)
 
 
 def test_what_is_kept_by_chance_depends_on_the_seed():
     before, *_ = made_up(0.0, contexts=20, each=10)
-    one = diagnose.kept_by("random", before[16], 0.1, seed=1)
-    two = diagnose.kept_by("random", before[16], 0.1, seed=2)
+    one = diagnose.kept_by("random", diagnose.at_k(before, 16), 0.1, seed=1)
+    two = diagnose.kept_by("random", diagnose.at_k(before, 16), 0.1, seed=2)
     assert (one != two).any()
 
 
@@ -4042,7 +4043,9 @@ def test_an_absent_effect_is_not_found():
 def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
     before, after, gains, args = made_up(1.0, c_of="after")
     args.bootstrap = 200
-    leaked = diagnose.leak(before[16], after[16], gains, args)
+    leaked = diagnose.leak(
+        diagnose.at_k(before, 16), diagnose.at_k(after, 16), gains, args
+    )
     for name in MEASURES:
         before_gap, before_contrast = leaked[f"C before, {name}"].values()
         after_gap, after_contrast = leaked[f"C after, {name}"].values()
@@ -4055,7 +4058,7 @@ def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
 
 def test_a_constant_feature_is_named_instead_of_printing_nan():
     before, after, gains, args = made_up(0.0)
-    before[16]["teacher_entropy"][:] = 1
+    before["teacher_entropy"][:] = 1
     with pytest.raises(ValueError, match="teacher_entropy is the same"):
         tabulated(before, after, gains, args)
 
@@ -4086,7 +4089,7 @@ def measured(store, tmp_path_factory):
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     _, (report, positions, page) = measured
-    contexts = [line["before"]["K=16"]["context"] for line in positions]
+    contexts = [line["before"]["context"] for line in positions]
     assert report["args"]["contexts"] == 12 == report["args"]["eval_prompts"]
     assert sorted(set(contexts)) == list(range(12))
     assert report["summary"].startswith(f"12 contexts, {len(positions)} positions. ")
@@ -4185,9 +4188,9 @@ def check_positions(positions, prompts, before, after):
     for number, prompt in enumerate(prompts):
         here = []
         for line in positions:
-            if line["before"]["K=16"]["context"] == number:
+            if line["before"]["context"] == number:
                 here.append(line)
-        ids = [line["before"]["K=16"]["token"] for line in here]
+        ids = [line["before"]["token"] for line in here]
         student0, teacher = own_logits(before, prompt, ids)
         student1, _ = own_logits(after, prompt, ids)
         logits = zip(here, rows(student0), rows(student1), rows(teacher))
@@ -4197,21 +4200,24 @@ def check_positions(positions, prompts, before, after):
             q = after_merging(softmax(q), ends)
             assert set(line) == {"text", "before", "after", "gain"}
             assert line["text"] == before.tokenizer.decode(ids[t])
-            ks = {"K=8", "K=16", "K=32"}
-            assert set(line["before"]) == set(line["after"]) == ks
-            for k in (8, 16, 32):
-                expected = measured_by_loops(p0, q, tokens, k)
-                later = measured_by_loops(p1, q, tokens, k)
-                gain = {"overlap": later["overlap"] - expected["overlap"]}
-                for name in ("forward_kl", "reverse_kl"):
-                    gain[name] = expected[name] - later[name]
-                for scores in (expected, later):
-                    scores["position"] = t / max(len(here) - 1, 1)
-                    scores["token"] = ids[t]
-                    scores["context"] = number
-                check_numbers(line["before"][f"K={k}"], expected)
-                check_numbers(line["after"][f"K={k}"], later)
-                check_numbers(line["gain"], gain)
+            assert set(line["before"]) == set(line["after"])
+            expected = {}
+            later = {}
+            for scores, p in ((expected, p0), (later, p1)):
+                for k in (8, 16, 32):
+                    at_k = measured_by_loops(p, q, tokens, k)
+                    scores[f"divergence_{k}"] = at_k.pop("divergence")
+                    scores[f"compatibility_{k}"] = at_k.pop("compatibility")
+                    scores.update(at_k)
+                scores["progress"] = t / max(len(here) - 1, 1)
+                scores["token"] = ids[t]
+                scores["context"] = number
+            gain = {"overlap": later["overlap"] - expected["overlap"]}
+            for name in ("forward_kl", "reverse_kl"):
+                gain[name] = expected[name] - later[name]
+            check_numbers(line["before"], expected)
+            check_numbers(line["after"], later)
+            check_numbers(line["gain"], gain)
 
 
 def test_every_position_says_what_loops_over_both_models_say(store, measured):
@@ -4229,8 +4235,8 @@ def test_every_position_says_what_loops_over_both_models_say(store, measured):
     moved = 0
     for line in positions:
         assert abs(line["gain"]["forward_kl"]) > 1e-3
-        c_before = line["before"]["K=8"]["compatibility"]
-        c_after = line["after"]["K=8"]["compatibility"]
+        c_before = line["before"]["compatibility_8"]
+        c_after = line["after"]["compatibility_8"]
         moved += abs(c_after - c_before) > 1e-2
     assert moved > len(positions) / 4
 
@@ -4290,7 +4296,7 @@ def test_features_come_from_before_training_alone(store, measured, tmp_path):
     assert of_before(other) == of_before(positions)
     # The teacher as the trained student leaves no distance to the teacher.
     for line in other:
-        before = line["before"]["K=16"]
+        before = line["before"]
         for name in ("forward_kl", "reverse_kl"):
             assert line["gain"][name] == pytest.approx(before[name], abs=1e-5)
         rise = 1 - before["overlap"]
@@ -4384,11 +4390,11 @@ def test_what_was_measured_is_kept_though_a_table_cannot_be_made(
     more = ["--contexts", "5", "--max-new-tokens", "1"]
     more += ["--after", str(store / "qwen3-teacher")]
     args = diagnose.parse_args(flags(store, tmp_path / "out", *more))
-    with one_line(capsys, "position is the same at all positions"):
+    with one_line(capsys, "progress is the same at all positions"):
         opd.run(diagnose.main, args)
     positions = (tmp_path / "out" / "positions.jsonl").read_text()
     lines = [json.loads(line) for line in positions.splitlines()]
-    assert [line["before"]["K=16"]["position"] for line in lines] == [0] * 5
+    assert [line["before"]["progress"] for line in lines] == [0] * 5
 
 
 def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
@@ -4435,10 +4441,12 @@ def test_the_page_shows_a_hostile_token_and_does_not_run_it():
 
     before, after, _, args = made_up(0.0, contexts=5, each=40)
     args.bootstrap = 20
-    choices = before[16]["token"][:, None]
-    before[16]["student_choices"] = before[16]["teacher_choices"] = choices
+    choices = before["token"][:, None]
+    before["student_choices"] = before["teacher_choices"] = choices
     tables = diagnose.all_tables(before, after, args, decode)
-    responses = diagnose.token_map([[1]] * 5, before[16], after[16], decode)
+    gains = diagnose.gains_of(before, after)
+    before_16 = diagnose.at_k(before, 16)
+    responses = diagnose.token_map([[1]] * 5, before_16, gains, decode)
     page = diagnose.as_page(tables, hostile, responses)
 
     assert "<script" not in page
@@ -4491,15 +4499,15 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
 
 def test_the_map_has_both_colours_of_the_first_contexts():
     before, after, gains, _ = made_up(0.0, contexts=20, each=10)
-    before, after = before[16], after[16]
+    before, gains = diagnose.at_k(before, 16), diagnose.gains_of(before, after)
     before["student_choices"] = before["teacher_choices"] = before["token"][:, None]
-    page = diagnose.token_map([[1]] * 20, before, after, decode_number)
+    page = diagnose.token_map([[1]] * 20, before, gains, decode_number)
     spans = []
     for _, attributes in Elements(page).found:
         if attributes.get("class") == "token":
             spans.append(attributes)
     assert len(spans) == 12 * 10
-    plain = Recomputed(before, after)
+    plain = Recomputed(before, diagnose.at_k(after, 16))
     learnable = plain.d * plain.c
     incompatible = plain.d * (1 - plain.c)
     for i, attributes in enumerate(spans):
@@ -4570,9 +4578,10 @@ def test_the_evidence_tables_follow_from_reports_and_from_positions(
 
     # Without the teacher's entropy, the last column, the slopes are others.
     before = {}
-    for name in positions[0]["before"]["K=16"]:
-        values_of = [line["before"]["K=16"][name] for line in positions]
+    for name in positions[0]["before"]:
+        values_of = [line["before"][name] for line in positions]
         before[name] = np.array(values_of)
+    before = diagnose.at_k(before, 16)
     gain = np.array([line["gain"]["reverse_kl"] for line in positions])
     plain = Recomputed(before, before)
     slopes, _ = slopes_by_lstsq(plain.split(plain.c)[:-1], gain)

@@ -23,7 +23,7 @@ for folder in sys.argv[1:]:
     row = f"{folder[-20:]:20}"
     for k in K:
         for when in ("before", "after"):
-            row += f"{mean(p[when][f'K={k}']['compatibility'] for p in places):16.3f}"
+            row += f"{mean(p[when][f'compatibility_{k}'] for p in places):16.3f}"
     for measure in ("forward_kl", "reverse_kl"):
         row += f"{mean(p['gain'][measure] for p in places):+12.3f}"
     print(row)

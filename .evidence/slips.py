@@ -18,7 +18,7 @@ tokenizer = AutoTokenizer.from_pretrained("runs/pair/student")
 responses = defaultdict(list)
 for line in (Path(sys.argv[1]) / "positions.jsonl").open():
     position = json.loads(line)
-    responses[position["before"]["K=16"]["context"]].append(position)
+    responses[position["before"]["context"]].append(position)
 
 student_right = defaultdict(list)
 teacher_right = defaultdict(list)
@@ -30,7 +30,7 @@ for positions in responses.values():
         if addends:
             result = str((int(addends[1]) + int(addends[2]) - 1) % 24 + 1)
             said = position["text"].strip()
-            first_choice = position["before"]["K=16"]["teacher_choices"][0]
+            first_choice = position["before"]["teacher_choices"][0]
             student_right[place].append(said == result)
             teacher_right[place].append(
                 tokenizer.decode(first_choice).strip() == result

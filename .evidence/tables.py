@@ -63,8 +63,9 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     for line in (folder / "positions.jsonl").read_text().splitlines():
         lines.append(json.loads(line))
     before = {}
-    for name in lines[0]["before"]["K=16"]:
-        before[name] = np.array([line["before"]["K=16"][name] for line in lines])
+    for name in lines[0]["before"]:
+        before[name] = np.array([line["before"][name] for line in lines])
+    before = diagnose.at_k(before, 16)
     gain = np.array([line["gain"]["reverse_kl"] for line in lines])
 
     names = [name for name in diagnose.REGRESSORS if name != without]
@@ -78,7 +79,8 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
 
     args = SimpleNamespace(bootstrap=1000, seed=0)
     labels = [*names, "gap"]
-    rows = diagnose.estimates(slopes_and_gap, [X, Y], before, args, labels, ["slope"])
+    context = before["context"]
+    rows = diagnose.estimates(slopes_and_gap, [X, Y], context, args, labels, ["slope"])
     return {name: cells["slope"] for name, cells in rows.items()}
 
 
