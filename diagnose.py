@@ -27,7 +27,8 @@ rescaled to [0, 1]; the gains are what the paper would expect):
                   The demo: so it is in reverse KL and overlap, not in forward KL.
   explain         What predicts the gain? It rises with the learnable part, and not with
                   the incompatible one.
-                  The demo: the other way round. There, "gets" gains, too.
+                  The demo: in forward KL the other way round, as "gets" gains there.
+                  In reverse KL it depends on the controls (finding 5 of the README).
   compare_thirds  Of two positions with little entropy and much D, say "17" and "gets",
                   does the more compatible one gain more?
                   The demo: no. In forward KL it gains less, else about the same.

@@ -15,8 +15,8 @@ One training step (`simple_step`, and for a batch `train_step`):
               student's own candidates
   3. rank     by teachability, D * C. Both are rescaled first: over the batch, the 5 %
               quantile becomes 0 and the 95 % quantile 1
-  4. select   keep the best share of the batch's positions: the `budget`, a tenth; and
-              at least one of each response
+  4. select   keep the best tenth of the batch's positions (the `budget`). A response
+              that has none among them adds its best one
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
@@ -273,27 +273,34 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
 # ======================================================================================
 
 
-def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1):
+def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_tokens=256):
     """The method, for one prompt [1, P] of P tokens, if memory were no matter.
 
     The program does not use it: `train_step`, at the end of this part, takes the same
-    five steps with the functions between. Returns the loss.
+    five steps with the functions between. Returns the loss. What else a checkpoint
+    may set for generation would still count here; the program sets it aside.
     """
     student.eval()  # no dropout, in training either: p is one distribution throughout
     teacher.eval()
 
     # 1. Rollout: the student writes a response of R tokens.
-    ids = student.generate(
-        prompt, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=256
-    )  # [1, P + R]
-    length = prompt.shape[1]  # P
-    tokens = ids[:, length:]  # [1, R]
+    ids = student.generate(  # [1, P + R]
+        prompt,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=new_tokens,
+    )
+    start = prompt.shape[1]  # P: where the response starts
+    tokens = ids[:, start:]  # [1, R]
     mask = torch.ones_like(tokens, dtype=torch.bool)  # no padding: all are valid
 
     # 2. Score. The logits at one token predict the next: they begin one place early.
-    student_logits = student(ids).logits[:, length - 1 : -1]  # [1, R, V]
+    student_logits = student(ids).logits[:, start - 1 : -1]  # [1, R, V]
     with torch.no_grad():
-        teacher_logits = teacher(ids).logits[:, length - 1 : -1]
+        teacher_logits = teacher(ids).logits[:, start - 1 : -1]
         scores = measure(student_logits, teacher_logits, tokens, k)
 
     # 3. Rank.

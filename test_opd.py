@@ -4857,6 +4857,8 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(long_pair):
     block = re.search(block, README, re.S)[1]
     prompt = [5, 6, 7]
     given = {"prompt_ids": torch.tensor([prompt])}
+    own = long_pair.student.generation_config  # it must not count
+    own.temperature, own.top_k, own.top_p, own.repetition_penalty = 0.5, 3, 0.5, 2.0
     names, fell, batch = run_plainly(block, long_pair, prompt, given)
     scores = scores_of(long_pair, batch, 16, 1)
     for name in ("divergence", "compatibility"):
@@ -4875,6 +4877,8 @@ def test_the_simple_step_is_a_step_of_opd(long_pair):
     prompt = [5, 6, 7]
     given = {"simple_step": opd.simple_step, "prompt": torch.tensor([prompt])}
     long_pair.student.train()  # which it must end: dropout would change p
+    own = long_pair.student.generation_config  # nor may these count
+    own.temperature, own.top_k, own.top_p, own.repetition_penalty = 0.5, 3, 0.5, 2.0
     names, fell, batch = run_plainly(block, long_pair, prompt, given)
     ranks = opd.rank("teachability", scores_of(long_pair, batch, 16, 1), batch.mask)
     keep = opd.select(ranks, batch.mask, 0.1)
