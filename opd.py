@@ -168,31 +168,42 @@ def soft_or(a, b):  # in [0, 1] each
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` is what `measure` returns, for a batch; "kl_all" is not needed. "random"
-    draws from `generator`, on the CPU. ValueError for an unknown method.
+    `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
+    that the method needs. "random" draws from `generator`, on the CPU. ValueError for
+    an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    h = robust_normalize(scores["entropy"], mask)
-    d = robust_normalize(scores["divergence"], mask)
-    c = robust_normalize(scores["compatibility"], mask)
+
+    # H, D and C, rescaled to [0, 1] over the batch; each only if it is asked for.
+    def h():
+        return robust_normalize(scores["entropy"], mask)
+
+    def d():
+        return robust_normalize(scores["divergence"], mask)
+
+    def c():
+        return robust_normalize(scores["compatibility"], mask)
 
     # Disagreement splits into two parts that add up to d.
-    learnable = d * c  # the teacher reweights tokens that the student considers
-    incompatible = d * (1 - c)  # it wants other tokens
+    def learnable():  # the teacher reweights tokens that the student considers
+        return d() * c()
 
-    ranks = {
-        "full": torch.zeros_like(d),  # no order: all are kept, with a budget of 1
+    def incompatible():  # it wants other tokens
+        return d() * (1 - c())
+
+    formulas = {
+        "full": lambda: torch.zeros(mask.shape, device=mask.device),  # all are kept
         "teachability": learnable,
-        "teachability_entropy": soft_or(h, learnable),
+        "teachability_entropy": lambda: soft_or(h(), learnable()),
         "entropy": h,
         "divergence": d,
-        "tip": soft_or(h, d),
+        "tip": lambda: soft_or(h(), d()),
         "compatibility": c,
         "incompatible": incompatible,
-        "random": torch.rand(mask.shape, generator=generator).to(mask.device),
+        "random": lambda: torch.rand(mask.shape, generator=generator).to(mask.device),
     }
-    return ranks[method]
+    return formulas[method]()
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
