@@ -264,8 +264,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
     return -advantage * logp
 
 
-def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
-    """What is measured at n positions, from their logits [n, V] and sampled tokens [n].
+def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
+    """What is measured at each position, from logits [..., V] and sampled tokens [...].
 
     The log shows the means. To measure more, for a selection rule of your own, see
     `measure_fn` in `train_step`: it gets the same arguments.

@@ -4888,7 +4888,8 @@ def test_the_plain_block_of_the_readme_is_a_step_of_opd(long_pair):
 
 
 def test_the_simple_step_is_a_step_of_opd(long_pair):
-    block = "loss = simple_step(student, teacher, optimizer, prompt)"
+    block = "loss = simple_step(student, teacher, optimizer, prompt)\n"
+    block += "was_training = student.training"
     prompt = [5, 6, 7]
     given = {"simple_step": opd.simple_step, "prompt": torch.tensor([prompt])}
     long_pair.student.train()  # which it must end: dropout would change p
@@ -4900,7 +4901,7 @@ def test_the_simple_step_is_a_step_of_opd(long_pair):
     ours, loss, norm = update_of(long_pair, batch, keep, 1)
     assert names["loss"] == pytest.approx(loss, abs=1e-4)
     assert torch.allclose(ours, fell, atol=1e-4)
-    assert not long_pair.student.training
+    assert not names["was_training"]
 
 
 def test_the_three_tokens_of_the_readme_are_right(capsys):
