@@ -5,30 +5,29 @@ that the student writes the training text itself; the teacher only scores it, to
 token. Not all that the two disagree about can be learned, so the student trains on the
 most teachable tokens alone ("Not All Disagreement Is Learnable", arXiv 2605.26844).
 
-One training step (`simple_step`, and for a batch `train_step`):
+One training step:
 
   1. rollout  the student samples a response to each prompt
-  2. score    at every response position, compare both models' next-token predictions:
-              entropy H: how unsure the student is (some other rules use it)
+  2. score    at every position of the responses, compare both models' predictions:
+              entropy H: how unsure the student is (only some other rules use it)
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
-  3. rank     by teachability, D * C. Both are rescaled first: over the batch, the 5 %
-              quantile becomes 0 and the 95 % quantile 1
+  3. rank     by teachability, D * C. Both are rescaled first, to [0, 1] over the batch
   4. select   keep the best tenth of the batch's positions (the `budget`). A response
               that has none among them adds its best one
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
-Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
-are in nats. "Top K" always means the K likeliest tokens, on which D and C are measured;
-sampling is never filtered. Names and formulas are the paper's, but for what the README
-lists at its end.
+Read parts 1 to 3 from top to bottom. In part 2, `simple_step` is the whole method in
+thirty lines; `train_step` is what the program runs. Parts 4 to 6 can wait: models,
+prompts and files, the demo's world, the command line.
 
+Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
+are in nats. A position's candidates are the student's top K tokens, the K likeliest.
+Names and formulas are the paper's, but for what the README lists at its end.
 Shapes: B responses in a batch, R positions in a response, V tokens in the vocabulary.
 A mask [B, R] is True at the valid positions; the others are padding after an end.
 
-The method is in parts 1 to 3. Parts 4 to 6 can wait: models, prompts and files, the
-demo's world, the command line.
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
 
@@ -124,6 +123,21 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
     return logq.gather(-1, student_top).exp().sum(-1)
 
 
+def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
+    """All that is measured at each position, from logits [..., V] and tokens [...].
+
+    `tokens` are those that the student wrote there: not used here, but a `measure_fn`
+    of your own (see `train_step`) gets the same arguments. The log shows the means.
+    """
+    return {
+        # The loss of full on-policy distillation: the curve to watch in the log.
+        "kl_all": reverse_kl(student_logits, teacher_logits),
+        "entropy": entropy(student_logits),
+        "divergence": divergence(student_logits, teacher_logits, k),
+        "compatibility": compatibility(student_logits, teacher_logits, k),
+    }
+
+
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over all valid positions.
 
@@ -174,36 +188,30 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if method == "full":  # all are kept, in whatever order
+        return torch.zeros(mask.shape, device=mask.device)
+    if method == "random":
+        return torch.rand(mask.shape, generator=generator).to(mask.device)
 
-    # H, D and C, rescaled to [0, 1] over the batch; each only if it is asked for.
-    def h():
-        return robust_normalize(scores["entropy"], mask)
+    def rescaled(name):  # to [0, 1], over the batch
+        return robust_normalize(scores[name], mask)
 
-    def d():
-        return robust_normalize(scores["divergence"], mask)
+    if method in ("entropy", "divergence", "compatibility"):
+        return rescaled(method)
 
-    def c():
-        return robust_normalize(scores["compatibility"], mask)
+    d = rescaled("divergence")
+    if method == "tip":
+        return soft_or(rescaled("entropy"), d)
 
-    # Disagreement splits into two parts that add up to d.
-    def learnable():  # the teacher reweights tokens that the student considers
-        return d() * c()
-
-    def incompatible():  # it wants other tokens
-        return d() * (1 - c())
-
-    formulas = {
-        "full": lambda: torch.zeros(mask.shape, device=mask.device),  # all are kept
-        "teachability": learnable,
-        "teachability_entropy": lambda: soft_or(h(), learnable()),
-        "entropy": h,
-        "divergence": d,
-        "tip": lambda: soft_or(h(), d()),
-        "compatibility": c,
-        "incompatible": incompatible,
-        "random": lambda: torch.rand(mask.shape, generator=generator).to(mask.device),
-    }
-    return formulas[method]()
+    # The idea of the paper: disagreement has two parts, which add up to d.
+    c = rescaled("compatibility")
+    learnable = d * c  # the teacher reweights tokens that the student considers
+    incompatible = d * (1 - c)  # it wants other tokens
+    if method == "teachability":
+        return learnable
+    if method == "incompatible":
+        return incompatible
+    return soft_or(rescaled("entropy"), learnable)  # "teachability_entropy"
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -264,61 +272,50 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
     return -advantage * logp
 
 
-def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
-    """What is measured at each position, from logits [..., V] and sampled tokens [...].
-
-    The log shows the means. To measure more, for a selection rule of your own, see
-    `measure_fn` in `train_step`: it gets the same arguments.
-    """
-    return {
-        # The loss of full on-policy distillation: the curve to watch in the log.
-        "kl_all": reverse_kl(student_logits, teacher_logits),
-        "entropy": entropy(student_logits),
-        "divergence": divergence(student_logits, teacher_logits, k),
-        "compatibility": compatibility(student_logits, teacher_logits, k),
-    }
-
-
 # ======================================================================================
 # 2. One training step
 # ======================================================================================
 
 
 def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_tokens=256):
-    """The method, for one prompt [1, P] of P tokens, if memory were no matter.
+    """The whole method, for one prompt [1, P], if memory were no matter. -> loss
 
-    The program does not use it: `train_step`, at the end of this part, takes the same
-    five steps with the functions between. Returns the loss. What else a checkpoint
-    may set for generation would still count here; the program sets it aside.
+    The program does not call it: `train_step`, below, does the same for a batch. (What
+    else a checkpoint may set for generation still counts here.)
     """
     student.eval()  # no dropout, in training either: p is one distribution throughout
     teacher.eval()
 
-    # 1. Rollout: the student writes a response of R tokens.
+    # 1. Rollout: the student writes a response of R tokens, sampling from p itself.
     ids = student.generate(  # [1, P + R]
         prompt,
         do_sample=True,
         temperature=1.0,
-        top_k=0,
+        top_k=0,  # no filter. Left unset, the 50 likeliest tokens alone would be drawn
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=new_tokens,
     )
-    start = prompt.shape[1]  # P: where the response starts
-    tokens = ids[:, start:]  # [1, R]
-    mask = torch.ones_like(tokens, dtype=torch.bool)  # no padding: all are valid
+    prompt_length = prompt.shape[1]  # P
+    tokens = ids[:, prompt_length:]  # [1, R]
+    mask = torch.ones_like(tokens, dtype=torch.bool)  # all valid: nothing is padded
 
-    # 2. Score. The logits at one token predict the next: they begin one place early.
-    student_logits = student(ids).logits[:, start - 1 : -1]  # [1, R, V]
+    # 2. Score: both models read the response. The logits at one token predict the next,
+    # so those that predict the response begin one place before it:
+    #
+    #   tokens   x1  x2  y1  y2  y3      prompt x (P = 2), response y (R = 3)
+    #   logits   l1  l2  l3  l4  l5      l2 predicts y1, l3 predicts y2, l4 predicts y3
+    #                ^^  ^^  ^^          [P - 1 : -1]
+    student_logits = student(ids).logits[:, prompt_length - 1 : -1]  # [1, R, V]
     with torch.no_grad():
-        teacher_logits = teacher(ids).logits[:, start - 1 : -1]
-        scores = measure(student_logits, teacher_logits, tokens, k)
+        teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
+        scores = measure(student_logits, teacher_logits, tokens, k)  # {name: [1, R]}
 
     # 3. Rank.
-    ranks = rank("teachability", scores, mask)
+    ranks = rank("teachability", scores, mask)  # [1, R]
 
     # 4. Select.
-    keep = select(ranks, mask, budget)
+    keep = select(ranks, mask, budget)  # [1, R] bool
 
     # 5. Update.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
@@ -329,38 +326,66 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     return loss.item()
 
 
-# The functions below do the same for a batch. Most of what they add is for memory:
-#
-# * Logits are huge: V numbers for each position. So a model's layers run first, and
-#   give hidden states, which are small (`hidden_states`). From these, logits are made
-#   for a chunk of positions at a time, used and forgotten (`score`). For the update,
-#   the student's layers run once more, with a gradient, and only the kept positions
-#   have logits (`update`).
-# * The layers, too, read some responses at a time: a micro-batch.
-#
-# The rest is for what two checkpoints bring along:
-#
-# * Prompts are not equally long. They are padded on the left (`pad_left`).
-# * Two models often end a response with different tokens. These are made one event
-#   (`merge_ends`).
-# * One may know more tokens than the other. Only shared ones are drawn (`rollout`) and
-#   compared (`next_token_logits`).
-# * Sampling settings in a checkpoint would filter p. They are set aside
-#   (`generate_with_only`).
-#
-# More shapes: E hidden units, N valid positions of a batch, n some of them (those of a
-# chunk, say).
+def train_step(
+    pair, optimizer, prompts, args, generator, rule=None, measure_fn=measure
+):
+    """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-PADDING = 0  # any token id will do: nothing valid looks there, see `rollout`
-LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
+    `pair` holds both models, `args` the program's flags. With rule(scores, mask) ->
+    [B, R] in place of `rank`, or measure_fn(...) in place of `measure`, it trains by a
+    selection rule of your own. ValueError if these return what cannot be used.
+    """
+    # 1. Rollout: the student writes.
+    started = time.time()
+    batch = rollout(pair, prompts, args.max_new_tokens)
+    rollout_seconds = time.time() - started
+
+    # 2. Score: both models read what it wrote, and are compared at every token.
+    size = args.micro_batch_size
+    student_hidden = all_hidden_states(pair.student, batch, size)
+    teacher_hidden = all_hidden_states(pair.teacher, batch, size)
+    scores = score(pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn)
+    check_scores(scores)
+
+    # 3. Rank.
+    if rule is None:
+        ranks = rank(args.select, scores, batch.mask, generator)
+    else:
+        ranks = rule(scores, batch.mask)
+    check_ranks(ranks, batch.mask, args.select, rule)
+
+    # 4. Select.
+    keep_all = rule is None and args.select == "full"
+    keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
+
+    # 5. Update: the student reads once more, now with a gradient.
+    loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
+
+    return {
+        "loss": loss,
+        **summarize(scores, batch, keep),
+        "rollout_seconds": rollout_seconds,
+        "gradient_norm": norm,
+    }
+
+
+# The functions that `train_step` calls follow, in its order. They are longer than the
+# lines of `simple_step` for two reasons.
+#
+# * Memory. Logits are huge, V numbers for each position; the hidden states that a
+#   model's layers give are small. So the layers run first, for some responses at a time
+#   (a micro-batch). Then the output head makes logits from hidden states, for a chunk
+#   of positions at a time, and these are used and forgotten. For the update the
+#   student's layers run again, with a gradient, and only kept positions get logits.
+# * Checkpoints differ. They end a response with different tokens (`merge_ends`), one
+#   has more outputs than the other (`never_sampled`), and some bring sampling settings
+#   along (`generate_with_only`).
+#
+# More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
 
 
 class Pair(NamedTuple):
-    """A student and a teacher with one vocabulary: see `load_pair` and `make_pair`.
+    """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
 
     `end_ids` are all tokens that end a response, of either model. They are one event:
     `rollout` counts whichever is drawn as the first of them, and `merge_ends` adds
@@ -383,38 +408,6 @@ class Rollout(NamedTuple):
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
-
-
-def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
-    """Prompts of one length, which end together, so that responses start together.
-
-    ValueError for prompts that are not lists of token ids.
-    """
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r}"
-            )
-
-    longest = max(len(prompt) for prompt in prompts)
-    ids = []
-    attention = []
-    for prompt in prompts:
-        missing = longest - len(prompt)
-        ids.append([PADDING] * missing + prompt)
-        attention.append([0] * missing + [1] * len(prompt))
-    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
-
-
-def response_mask(is_end):  # [B, R] bool -> [B, R] bool
-    """True up to and including the first token that ends the response.
-
-    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
-    on, and what comes after it is padding, even if it looks like an end.
-    """
-    ends_before = is_end.cumsum(-1) - is_end.long()
-    return ends_before == 0
 
 
 @torch.no_grad()
@@ -452,20 +445,40 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def never_sampled(pair):  # -> token ids
-    """The tokens that the student can write, and the teacher cannot.
+PADDING = 0  # any token id will do: nothing valid looks there, see `rollout`
 
-    A student may have more outputs than its teacher: Qwen2.5 models have 151,936 or
-    152,064, with one tokenizer. Ends are left in: any end counts as the shared one.
+
+def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
+    """Prompts of one length, which end together, so that responses start together.
+
+    ValueError for prompts that are not lists of token ids.
+    """
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r}"
+            )
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = []
+    attention = []
+    for prompt in prompts:
+        missing = longest - len(prompt)
+        ids.append([PADDING] * missing + prompt)
+        attention.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, but for those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
     """
     student_outputs = len(pair.student.get_output_embeddings().weight)
     beyond = range(pair.vocab_size, student_outputs)
     return [token for token in beyond if token not in pair.end_ids]
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
 def generate_with_only(settings, model, ids, attention):
@@ -486,6 +499,36 @@ def generate_with_only(settings, model, ids, attention):
         model.generation_config = own_config
 
 
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
+    """
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
+
+
+@torch.no_grad()
+def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
+    """`hidden_states` of all responses, without gradient, in micro-batches."""
+    parts = []
+    for start in range(0, len(batch.ids), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        parts.append(hidden_states(model, batch, rows))
+    return torch.cat(parts)
+
+
 def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     """The model's last hidden states, each at the place of the token it predicts.
 
@@ -504,63 +547,16 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
         )
     hidden = output.last_hidden_state  # [B, P + R, E]
 
-    # The state at one token predicts the next: with a prompt of two tokens x, and a
-    # response of three tokens y, these three states are wanted.
-    #
-    #   token   x1  x2  y1  y2  y3
-    #   state   s1  s2  s3  s4  s5      s2 predicts y1, s3 predicts y2, s4 predicts y3
-    #               ^^  ^^  ^^
-    length = batch.mask.shape[1]  # R
-    return hidden[:, -length - 1 : -1]
-
-
-@torch.no_grad()
-def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
-    """`hidden_states` of all responses, without gradient, in micro-batches."""
-    parts = []
-    for start in range(0, len(batch.ids), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        parts.append(hidden_states(model, batch, rows))
-    return torch.cat(parts)
-
-
-def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
-    """The logits that define p or q everywhere: float32, at the pair's temperature."""
-    with bf16_on_gpu():
-        logits = model.get_output_embeddings()(hidden)
-    logits = logits.float() / pair.temperature
-    merged = merge_ends(logits, pair.end_ids)
-    return merged[:, : pair.vocab_size]  # cut afterwards, as an end may lie beyond V
-
-
-def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
-    """One column for all tokens that end a response: that of end_ids[0].
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up. With the
-    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
-    """
-    if len(end_ids) < 2:
-        return logits
-    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
-    merged = logits.clone()
-    # A sum of probabilities is a logsumexp of logits. As in `divergence`, -1e30 makes a
-    # probability 0.
-    merged[:, own_ends] = -1e30
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
-    return merged
-
-
-def chunk_size(pair):  # -> how many positions have logits at once
-    return max(1, LOGITS_AT_ONCE // pair.vocab_size)
+    prompt_length = batch.ids.shape[1] - batch.responses.shape[1]  # P
+    return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
 
 
 @torch.no_grad()
 def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     """What measure_fn measures, at every valid position, 0 elsewhere: {name: [B, R]}.
 
-    The hidden states [B, R, E] are what `all_hidden_states` returns for either model.
+    The hidden states [B, R, E] are what `all_hidden_states` returns for either model;
+    `k` is handed on to measure_fn.
     """
     # mask picks the N valid positions, row by row; each chunk has n of them.
     at_once = chunk_size(pair)
@@ -581,46 +577,45 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     scores = {}
     for name, chunks in found.items():
         values = torch.cat(chunks)
-        shape = batch.mask.shape + values.shape[1:]  # [B, R], or more if [n, ...]
-        scores[name] = values.new_zeros(shape)
+        # [N] becomes [B, R]. (diagnose.py measures five numbers in one: [N, 5].)
+        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
         scores[name][batch.mask] = values  # back to their places: the same order
     return scores
 
 
-def chunk_loss(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n].
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
-    All n positions have logits at once. For many positions see `sum_of_losses`.
+
+def chunk_size(pair):  # -> how many positions have logits at once
+    return max(1, LOGITS_AT_ONCE // pair.vocab_size)
+
+
+def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
+    """The logits that define p or q everywhere: float32, at the pair's temperature."""
+    with bf16_on_gpu():
+        logits = model.get_output_embeddings()(hidden)
+    logits = logits.float() / pair.temperature
+    logits = merge_ends(logits, pair.end_ids)  # first: an end may lie beyond V
+    return logits[:, : pair.vocab_size]
+
+
+def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
+    """One column for all tokens that end a response: that of end_ids[0].
+
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up. With the
+    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
     """
-    student_logits = next_token_logits(pair, pair.student, student_hidden)
-    with torch.no_grad():
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
-    return token_loss(loss_name, student_logits, teacher_logits, tokens).sum()
-
-
-def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """As `chunk_loss`, for any number of positions: chunk by chunk, to save memory."""
-    at_once = chunk_size(pair)
-    total = 0.0
-    # Of no positions at all, split makes one empty chunk, so that the sum is a tensor.
-    for student_chunk, teacher_chunk, token_chunk in zip(
-        student_hidden.split(at_once),
-        teacher_hidden.split(at_once),
-        tokens.split(at_once),
-    ):
-        # checkpoint(chunk_loss, ...) is chunk_loss(...), but it forgets the logits, and
-        # makes them again when the gradient needs them.
-        total = total + checkpoint(
-            chunk_loss,
-            pair,
-            loss_name,
-            student_chunk,
-            teacher_chunk,
-            token_chunk,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in it is random
-        )
-    return total
+    if len(end_ids) < 2:
+        return logits
+    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
+    merged = logits.clone()
+    # A sum of probabilities is a logsumexp of logits. As in `divergence`, -1e30 makes a
+    # probability 0.
+    merged[:, own_ends] = -1e30
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
+    return merged
 
 
 def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
@@ -659,47 +654,46 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     return mean_loss, norm
 
 
-def train_step(
-    pair, optimizer, prompts, args, generator, rule=None, measure_fn=measure
-):
-    """One step on a batch of prompts, with the program's flags `args` -> its log line.
+def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
+    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n].
 
-    rule(scores, mask) -> [B, R] ranks the positions in place of `rank`, and
-    measure_fn(...) measures in place of `measure`: a selection rule of your own.
+    Chunk by chunk, to save memory.
     """
-    # 1. Rollout: the student writes.
-    started = time.time()
-    batch = rollout(pair, prompts, args.max_new_tokens)
-    rollout_seconds = time.time() - started
 
-    # 2. Score: both models read what it wrote, and are compared at every token.
-    size = args.micro_batch_size
-    student_hidden = all_hidden_states(pair.student, batch, size)
-    teacher_hidden = all_hidden_states(pair.teacher, batch, size)
-    scores = score(pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn)
-    if "kl_all" not in scores:
-        raise ValueError("measure_fn must return what measure does, and may add")
+    def loss_of(student_chunk, teacher_chunk, token_chunk):
+        student_logits = next_token_logits(pair, pair.student, student_chunk)
+        with torch.no_grad():
+            teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
+        return token_loss(loss_name, student_logits, teacher_logits, token_chunk).sum()
 
-    # 3. Rank.
-    if rule is None:
-        ranks = rank(args.select, scores, batch.mask, generator)
-    else:
-        ranks = rule(scores, batch.mask)
-    check_ranks(ranks, batch.mask, args.select, rule)
+    at_once = chunk_size(pair)
+    total = 0.0
+    # Of no positions at all, split makes one empty chunk, so that the sum is a tensor.
+    for student_chunk, teacher_chunk, token_chunk in zip(
+        student_hidden.split(at_once),
+        teacher_hidden.split(at_once),
+        tokens.split(at_once),
+    ):
+        # checkpoint(loss_of, ...) is loss_of(...), but it forgets the logits, and makes
+        # them again when the gradient needs them.
+        total = total + checkpoint(
+            loss_of,
+            student_chunk,
+            teacher_chunk,
+            token_chunk,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in it is random
+        )
+    return total
 
-    # 4. Select.
-    keep_all = rule is None and args.select == "full"
-    keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
 
-    # 5. Update: the student reads once more, now with a gradient.
-    loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
-
-    return {
-        "loss": loss,
-        **summarize(scores, batch, keep),
-        "rollout_seconds": rollout_seconds,
-        "gradient_norm": norm,
-    }
+def check_scores(scores):
+    """ValueError unless a measure_fn of your own returns all that `measure` does."""
+    for name in ("kl_all", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(
+                f"measure_fn returned no {name}: let it call opd.measure, and add to it"
+            )
 
 
 def check_ranks(ranks, mask, select, rule):  # [B, R], [B, R], a method, None or yours
@@ -1020,6 +1014,9 @@ def check_logits(model):
                 f"the logits of this {config.model_type} model, {what} under left "
                 "padding, are not its own; choose another family"
             )
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # -> Pair

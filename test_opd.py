@@ -1943,14 +1943,19 @@ def test_what_you_measure_may_have_several_numbers_for_each_position(store):
     assert torch.equal(found, torch.stack([expected, 2 * expected], -1))
 
 
-def test_measuring_less_than_measure_is_refused_before_the_first_update(run, tmp_path):
+@pytest.mark.parametrize("name", ["kl_all", "entropy", "divergence", "compatibility"])
+def test_measuring_less_than_measure_is_refused_before_the_first_update(
+    run, tmp_path, name
+):
     def measure_too_little(student_logits, teacher_logits, tokens, k):
-        return {"entropy": opd.entropy(student_logits)}
+        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+        del scores[name]
+        return scores
 
     def my_rule(scores, mask):
-        return scores["entropy"]
+        return torch.rand(mask.shape)
 
-    with pytest.raises(ValueError, match="measure_fn must return what measure does"):
+    with pytest.raises(ValueError, match=f"measure_fn returned no {name}"):
         run("out", rule=my_rule, measure_fn=measure_too_little)
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
