@@ -1,53 +1,51 @@
 """The fixed-context diagnostic: which disagreement did the student really learn?
 
-opd.py trains on tokens that it expects to teach much. Whether they do can be seen by
-looking at the same tokens twice, before training and after it:
+opd.py trains on tokens that it takes to be teachable. Were they? To find out, look at
+the same tokens twice, before training and after it:
 
-  1. freeze            the student before training writes responses: the contexts
-  2. measure_contexts  both models' next-token predictions at each of their positions
-  3. opd.train         on all positions; or load_trained takes a student that was
-                       trained earlier (--after)
+  1. freeze            the student, before training, writes responses: the contexts
+  2. measure_contexts  both models read them, and are compared at every position
+  3. opd.train         on all positions (--after: take a student that was trained
+                       earlier, a run of `opd.py --select full`)
   4. measure_contexts  the same positions once more, now with the trained student
-  5. report            the gain of a position is how much nearer to the teacher the
-                       student came there. What, known before training, predicts it?
+  5. report            how much nearer to the teacher did the student come, and where?
 
-`python diagnose.py` does all five for the demo of opd.py. `--after OUT/student` skips
-the training: OUT is a run of `opd.py --select full`. Four tables are printed, and a
-page for the browser has more. What they ask, on three made-up positions (D and C are
-rescaled to [0, 1]; the gains are what the paper would expect):
-
-                           D     C    learnable    incompatible    gain
-                                        D * C       D * (1 - C)
-     the result "17"      .5     1       .5              0          .9
-     the word "gets"       1     0        0              1           0
-     the name "Ben"        0     1        0              0           0
-
-  gain_of_kept    If one of the three is kept, which? Divergence keeps "gets", which
-                  gains 0, and teachability keeps "17", which gains .9.
-                  The demo: so it is in reverse KL and overlap, not in forward KL.
-  explain         What predicts the gain? It rises with the learnable part, and not with
-                  the incompatible one.
-                  The demo: in forward KL the other way round, as "gets" gains there.
-                  In reverse KL it depends on the controls (finding 5 of the README).
-  compare_thirds  Of two positions with little entropy and much D, say "17" and "gets",
-                  does the more compatible one gain more?
-                  The demo: no. In forward KL it gains less, else about the same.
-  leak            What if C is measured after training? Suppose that "gets" has gained.
-                  What it learned is among the trained student's top K: so C is 1, and
-                  the gain is put down to the learnable part.
-                  The demo: with K = 32 this turns the answer of `explain` round.
-
-A gain is above 0 where the student came nearer. It is measured in several ways:
+The last is called the gain of a position. It is measured in three ways:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
-  overlap     the rise of sum_v min(p(v), q(v)), in [-1, 1], the probability that both
-              models agree on
-  relative    the fall of forward_kl as a share of what it was, as in the paper's code
-              (only in `explain` and `leak`)
+  overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
 
-Notation as in opd.py: p is the student's next-token distribution, q the teacher's. D is
-the divergence, C the compatibility, K the number of top tokens that these two look at:
+What is known before training is D, how much the two models disagree, and C, how much of
+what the teacher wants is among the student's top K tokens. Rescaled to [0, 1], they
+split the disagreement in two: D * C is learnable, D * (1 - C) incompatible. The paper's
+hypothesis is that the first part is learned, and the second is not. Three made-up
+positions of the demo, for which it holds:
+
+                        D     C    learnable    incompatible    gain
+     the result "17"    .5    1       .5              0          .9
+     the word "gets"    1     0        0              1           0
+     the name "Ben"     0     1        0              0           0
+
+Does it hold in truth? Four tables are printed; report.html has more. Each is made by a
+function of part 3:
+
+  gain_of_kept    How much do the positions gain that a selection method would keep? Of
+                  these three, divergence would keep "gets", and teachability "17".
+                  In the demo: teachability's gain most in reverse KL and in overlap,
+                  and divergence's in forward KL, where "gets" does gain.
+  explain         What predicts the gain? Here it rises with the learnable part alone.
+                  In the demo: in forward KL it rises with the incompatible part. In
+                  reverse KL the answer depends on the controls (README, finding 5).
+  compare_thirds  Where the student is sure, yet disagrees ("17" and "gets", not "Ben"),
+                  does a more compatible position gain more?
+                  In the demo: no. In forward KL it gains less, else about the same.
+  leak            What if C is measured after training, wrongly? If "gets" was learned,
+                  what the teacher wants there has come into the student's top K: C is
+                  1 now, and the position seems to have been learnable.
+                  In the demo: with K = 32 this turns the answer of `explain` round.
+
+Notation as in opd.py: p is the student's next-token distribution, q the teacher's. K is
 16, and for comparison 8 and 32.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
@@ -170,14 +168,18 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 
     The N positions come context by context, left to right.
     """
+
+    def measure_all(student_logits, teacher_logits, tokens, k):  # k is one of args.ks
+        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
+
     parts = defaultdict(list)
-    contexts = 0
+    contexts = 0  # how many came before this batch
     for batch in tqdm(batches, "scoring contexts", disable=None):
         size = args.micro_batch_size
         student_hidden = opd.all_hidden_states(pair.student, batch, size)
         teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
-        scores = opd.score(  # it hands args.ks on to measure_chunk
-            pair, batch, student_hidden, teacher_hidden, args.ks, measure_chunk
+        scores = opd.score(
+            pair, batch, student_hidden, teacher_hidden, args.top_k, measure_all
         )
         response, scores["progress"] = locate(batch.mask)
         scores["context"] = contexts + response
@@ -229,61 +231,83 @@ def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
 
 
 # ======================================================================================
-# 2. Statistics, in plain numpy. How different might a figure be, had the student
-#    written other responses? The bootstrap asks that, and answers with an interval.
+# 2. Statistics, in plain numpy
 # ======================================================================================
 
 
-def bootstrap(statistic, arrays, context, draws, seed):
-    """A statistic of arrays, and its 95 % interval: {"value", "low", "high"}.
+def bootstrap(make_table, context, draws, seed):
+    """A table of numbers, each with a 95 % interval: how much may it owe to chance?
 
-    A draw takes as many contexts as there are, with replacement: one may be drawn
-    twice, and another not at all. The statistic is computed anew for each draw; the
-    middle 95 % of the results are the interval. Whole contexts are drawn, since the
-    positions of one response resemble each other. Drawn one by one they would count as
-    independent evidence, and the interval would be too narrow.
+    Had the student written other responses, the numbers would differ a little. To see
+    how much, contexts are drawn from those at hand, as many as there are: one may be
+    drawn twice, and another not at all. The table is made anew for each draw, and the
+    middle 95 % of the results are the interval. (Drawing single positions would make it
+    too narrow, since those of one response resemble each other.)
 
-    `arrays` have a row for each of the N positions, and context [N] says to which
-    context it belongs. statistic(*arrays) is a number or an array of them.
+    make_table(positions) -> {row: {column: number}}, where `positions` are the indices
+    of those to use. context [N] says to which context a position belongs. Returns
+    {row: {column: {"value", "low", "high"}}}.
     """
-    generator = np.random.default_rng(seed)
     positions_of = []
     for number in np.unique(context):
         positions_of.append(np.flatnonzero(context == number))
 
-    results = []
+    generator = np.random.default_rng(seed)
+    drawn_tables = []
     for _ in range(draws):
         drawn = generator.integers(len(positions_of), size=len(positions_of))
-        index = np.concatenate([positions_of[number] for number in drawn])
-        results.append(statistic(*[array[index] for array in arrays]))
+        positions = np.concatenate([positions_of[number] for number in drawn])
+        drawn_tables.append(make_table(positions))
 
-    # Without nan: by chance, a draw may contain no position of a group.
-    low, high = np.nanquantile(results, [0.025, 0.975], axis=0)
-    return {"value": statistic(*arrays), "low": low, "high": high}
+    all_positions = np.arange(len(context))
+    rows = {}
+    for row, columns in make_table(all_positions).items():
+        rows[row] = {}
+        for column, value in columns.items():
+            results = [table[row][column] for table in drawn_tables]
+            # A draw may contain no position of a group by chance: its nan is left out.
+            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
+            rows[row][column] = {"value": float(value), "low": low, "high": high}
+    return rows
 
 
-def group_means(values, member):  # [n, F], [n, groups] bool -> [groups, F]
-    """Mean of each column of `values` over each group's members; nan if it has none."""
-    means = np.full((member.shape[1], values.shape[1]), np.nan)
-    for group in range(len(means)):
-        if member[:, group].any():
-            means[group] = values[member[:, group]].mean(0)
+def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
+    """The mean of each outcome over those of the positions that belong to each group.
+
+    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
+    """
+    means = {}
+    for label, member in groups.items():
+        own = positions[member[positions]]
+        means[label] = {}
+        for name, values in outcomes.items():
+            means[label][name] = values[own].mean() if len(own) else np.nan
     return means
 
 
-def least_squares(X, Y):  # [n, regressors], [n, outcomes] -> [regressors, outcomes]
-    """The slopes for which X @ slopes comes nearest to Y."""
-    # The same as np.linalg.lstsq(X, Y), but ten times faster, as X.T @ X is small. (It
-    # loses digits if columns of X are much alike. In float64 enough of them are left.)
-    return np.linalg.lstsq(X.T @ X, X.T @ Y, rcond=None)[0]
+def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
+    """outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
+    X = np.column_stack([np.ones(len(outcome)), *regressors.values()])
+    # The normal equations, X'X b = X'y, are small and quickly solved. By lstsq, since
+    # `solve` would fail if a regressor happens to be constant in a draw.
+    b = np.linalg.lstsq(X.T @ X, X.T @ outcome, rcond=None)[0]
+    return dict(zip(regressors, b[1:]))  # without the intercept
 
 
-def correlations(X, Y):  # [n, A], [n, B] -> [A, B]
-    """Pearson's correlation of each column of X with each of Y; of a constant, 0."""
-    X = X - X.mean(0)
-    Y = Y - Y.mean(0)
-    scale = np.outer(np.sqrt((X**2).sum(0)), np.sqrt((Y**2).sum(0)))
-    return X.T @ Y / np.maximum(scale, 1e-12)
+def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
+    """How much of the outcome's variance do the regressors explain?"""
+    fitted = 0.0  # but for the intercept, which has no variance
+    for name, slope in least_squares(regressors, outcome).items():
+        fitted = fitted + slope * regressors[name]
+    return fitted.var() / max(outcome.var(), 1e-12)
+
+
+def correlation(x, y):  # [n], [n] -> number
+    """Pearson's correlation; of a constant, 0."""
+    x = x - x.mean()
+    y = y - y.mean()
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return (x * y).sum() / max(scale, 1e-12)
 
 
 def zscore(values):  # [N] -> [N]
@@ -302,23 +326,27 @@ def mean_ranks(values):  # [N] -> [N]
     return mean[level]
 
 
-def equal_groups(values, groups, inside):  # [N], [N] bool -> [N, groups] bool
-    """Members of `groups` groups of equal size, from the lowest values to the highest.
+def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
+    """Groups of equal size, one for each label, from the lowest values to the highest.
 
     Only positions `inside` belong to one. With values 5, 1, 9, 3, 7, of which the last
     is outside, two groups are {1, 3} and {5, 9}.
     """
     positions = np.flatnonzero(inside)
     ascending = positions[np.argsort(values[positions], kind="stable")]
-    member = np.zeros((len(values), groups), dtype=bool)
-    for group, own in enumerate(np.array_split(ascending, groups)):
-        member[own, group] = True
-    return member
+    groups = {}
+    for label, own in zip(labels, np.array_split(ascending, len(labels))):
+        groups[label] = np.zeros(len(values), dtype=bool)
+        groups[label][own] = True
+    return groups
 
 
 # ======================================================================================
-# 3. Analysis. Each function makes the rows of one table, {label: {column: cell}}. A
-#    cell is an estimate, a number or a text. What the tables ask is said at the top.
+# 3. Analysis. Each function makes the rows of one table, {row: {column: cell}}. A cell
+#    is a number with its interval, a number or a text.
+#
+#    `before` and `after` are what `measure_contexts` returns, {name: [N]}, with D and C
+#    of one K (`at_k`), and `gains` is {measure: [N]}.
 # ======================================================================================
 
 
@@ -341,36 +369,10 @@ def make_features(before):  # {name: [N]} -> {name: [N]}
         "entropy * D": h * d,
         "learnable": d * c,  # the teacher reweights tokens that the student considers
         "incompatible": d * (1 - c),  # it wants other tokens; the two add up to D
-        "tip": 1 - (1 - h) * (1 - d),  # soft OR of entropy and D, as in opd.rank
+        "tip": opd.soft_or(h, d),
         "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
     }
-
-
-def columns_of(gains):  # {measure: [N]} -> [N, measures]
-    return np.column_stack(list(gains.values()))
-
-
-def estimates(statistic, arrays, context, args, labels, columns):  # -> rows
-    """What `bootstrap` finds, as a table: a label for each row, a name for each column.
-
-    `statistic` returns [labels, columns]. InputError if a value is missing.
-    """
-    found = bootstrap(statistic, arrays, context, args.bootstrap, args.seed)
-    if np.isnan(found["value"]).any():
-        raise opd.InputError(
-            "there are too few positions for the report's groups; use more --contexts"
-        )
-    rows = {}
-    for i, label in enumerate(labels):
-        rows[label] = {}
-        for j, column in enumerate(columns):
-            rows[label][column] = {
-                "value": float(found["value"][i, j]),
-                "low": float(found["low"][i, j]),
-                "high": float(found["high"][i, j]),
-            }
-    return rows
 
 
 def kept_by(method, before, budget, seed):  # -> [N] bool
@@ -392,17 +394,14 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
 
 def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
-    kept = []  # the groups of `group_means`; a position may be in several of them
+    kept = {}
     for method in opd.METHODS:
-        kept.append(kept_by(method, before, budget, args.seed))
-    return estimates(
-        group_means,
-        [columns_of(gains), np.column_stack(kept)],
-        before["context"],
-        args,
-        labels=opd.METHODS,
-        columns=list(gains),
-    )
+        kept[method] = kept_by(method, before, budget, args.seed)
+
+    def mean_gains(positions):
+        return group_means(gains, kept, positions)
+
+    return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -417,67 +416,60 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
     return rows
 
 
-# The regression's question is about the learnable and the incompatible part of D. The
-# other three are controls: an unsure student, or an early position, may gain more
-# whatever the teacher says, and the two parts must not get the credit for that. UNSPLIT
-# is the paper's baseline: D as a whole, and its product with the entropy.
+# What the gain is predicted from: the two parts of D, which are in question, and three
+# controls. (An unsure student, say, may gain more whatever the teacher wants, and the
+# two parts must not get the credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+# The paper's baseline: D as a whole. If it explains as much, the split is worth nothing.
 UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
-def design(features, names):  # -> X [N, 1 + names]
-    """A column of ones, then the named features, z-scored so that slopes compare.
+def standardize(features, names):  # -> {name: [N]}
+    """The named features, z-scored, so that their slopes can be compared.
 
     InputError for a feature that is the same everywhere: it has no slope.
     """
-    columns = [np.ones(len(features["D"]))]
+    regressors = {}
     for name in names:
         if np.ptp(features[name]) < 1e-12:
             raise opd.InputError(
                 f"{name} is the same at all positions, so its share in the gain cannot "
                 "be found; use more contexts or longer responses"
             )
-        columns.append(zscore(features[name]))
-    return np.column_stack(columns)
-
-
-def slopes_and_gap(X, Y):  # X as `design` makes it for REGRESSORS -> [outcomes, 3]
-    """The slopes of the learnable and the incompatible part, and their difference."""
-    slope = dict(zip(("ones", *REGRESSORS), least_squares(X, Y)))  # {name: [outcomes]}
-    gap = slope["learnable"] - slope["incompatible"]
-    return np.column_stack([slope["learnable"], slope["incompatible"], gap])
-
-
-def r2(X, Y):  # -> [outcomes]
-    """The share of each outcome's variance (1, as it is z-scored) that is explained."""
-    return (X @ least_squares(X, Y)).var(0)
+        regressors[name] = zscore(features[name])
+    return regressors
 
 
 def explain(before, gains, args):  # -> rows
     """Which part of the disagreement goes with the gain, learnable or incompatible?
 
-    The gain is predicted by a weighted sum, slope * regressor. A gap above 0 says that
-    learnable disagreement is learned more. R2 says how much the sum explains.
+    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
+    says: with one standard deviation more of this regressor, and the others unchanged,
+    the gain is .3 standard deviations higher.
     """
-    gains = with_relative(gains, before)
+    outcomes = {}
+    for name, gain in with_relative(gains, before).items():
+        outcomes[name] = zscore(gain)
     features = make_features(before)
-    # Made once, from the sample: a draw only chooses rows. So a slope keeps its unit.
-    X = design(features, REGRESSORS)
-    Y = np.column_stack([zscore(gain) for gain in gains.values()])
-    rows = estimates(
-        slopes_and_gap,
-        [X, Y],
-        before["context"],
-        args,
-        labels=list(gains),
-        columns=("learnable", "incompatible", "gap"),
-    )
+    regressors = standardize(features, REGRESSORS)
 
-    split = r2(X, Y)
-    unsplit = r2(design(features, UNSPLIT), Y)
-    for i, name in enumerate(gains):
-        rows[name]["R2"] = float(split[i])
-        rows[name]["R2 unsplit"] = float(unsplit[i])
+    def slopes_and_gap(positions):
+        chosen = {name: values[positions] for name, values in regressors.items()}
+        table = {}
+        for name, outcome in outcomes.items():
+            slopes = least_squares(chosen, outcome[positions])
+            table[name] = {
+                "learnable": slopes["learnable"],
+                "incompatible": slopes["incompatible"],
+                "gap": slopes["learnable"] - slopes["incompatible"],
+            }
+        return table
+
+    rows = bootstrap(slopes_and_gap, before["context"], args.bootstrap, args.seed)
+    unsplit = standardize(features, UNSPLIT)
+    for name, outcome in outcomes.items():
+        rows[name]["R2"] = float(r_squared(regressors, outcome))
+        rows[name]["R2 unsplit"] = float(r_squared(unsplit, outcome))
     return rows
 
 
@@ -491,38 +483,33 @@ def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
     return sure & in_disagreement
 
 
-def thirds_and_contrast(gains, thirds):  # [n, F], [n, 3] bool -> [4, F]
-    """Mean gain of each third, then last minus first."""
-    means = group_means(gains, thirds)
-    return np.vstack([means, means[2] - means[0]])
-
-
 def compare_thirds(before, gains, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
-    thirds = equal_groups(features["C"], 3, sure_yet_in_disagreement(features))
-    return estimates(
-        thirds_and_contrast,
-        [columns_of(gains), thirds],
-        before["context"],
-        args,
-        labels=("least compatible", "middle", "most compatible", "most - least"),
-        columns=list(gains),
-    )
+    labels = ("least compatible", "middle", "most compatible")
+    thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
+
+    def means_and_difference(positions):
+        means = group_means(gains, thirds, positions)
+        difference = {}
+        for name in gains:
+            most = means["most compatible"][name]
+            difference[name] = most - means["least compatible"][name]
+        return {**means, "most - least": difference}
+
+    return bootstrap(means_and_difference, before["context"], args.bootstrap, args.seed)
 
 
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
-    quarters = equal_groups(features[part], 4, sure_yet_in_disagreement(features))
-    return estimates(
-        group_means,
-        [columns_of(gains), quarters],
-        before["context"],
-        args,
-        labels=("lowest quarter", "second", "third", "highest"),
-        columns=list(gains),
-    )
+    labels = ("lowest quarter", "second", "third", "highest")
+    quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
+
+    def mean_gains(positions):
+        return group_means(gains, quarters, positions)
+
+    return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -550,113 +537,118 @@ def leak(before, after, gains, args):  # -> rows
 def rank_correlations(before, gains, args):  # -> rows
     """What orders the positions as their gains do? Ranks are those of the sample."""
     features = make_features(before)
-    names = ("D", "learnable", "incompatible", "entropy", "tip")
-    X = np.column_stack([mean_ranks(features[name]) for name in names])
-    Y = np.column_stack([mean_ranks(gain) for gain in gains.values()])
-    return estimates(
-        correlations,
-        [X, Y],
-        before["context"],
-        args,
-        labels=names,
-        columns=list(gains),
-    )
+    feature_ranks = {}
+    for name in ("D", "learnable", "incompatible", "entropy", "tip"):
+        feature_ranks[name] = mean_ranks(features[name])
+    gain_ranks = {}
+    for name, gain in gains.items():
+        gain_ranks[name] = mean_ranks(gain)
+
+    def spearman(positions):
+        table = {}
+        for feature, x in feature_ranks.items():
+            table[feature] = {}
+            for name, y in gain_ranks.items():
+                table[feature][name] = correlation(x[positions], y[positions])
+        return table
+
+    return bootstrap(spearman, before["context"], args.bootstrap, args.seed)
 
 
 # ======================================================================================
 # 4. The report: the same tables for the terminal, the files and the page
 # ======================================================================================
 
+# How to read the tables.
+KEPT = (
+    "Of all contexts together, equally many for each method; full keeps all. Of equal "
+    "ranks the earlier are kept: the top 5 % of entropy, D or C are all 1."
+)
+EXPLAIN = (
+    "Slopes: by how many standard deviations the gain rises with one more of a part of "
+    "D, all else equal. gap = learnable - incompatible: above 0, learnable "
+    "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: the "
+    "share of the gain that is explained, with D in two parts and unsplit."
+)
+THIRDS = (
+    "Mean gain of the positions with entropy at most, and D at least, its median, in "
+    "three equal groups, from the lowest C to the highest. If the last row is above 0, "
+    "more is gained where the teacher's advice is more compatible."
+)
+LEAK = (
+    "C before: as in the other tables. C after is a leak: by then, what was learned "
+    "stands in the trained student's top K, so C knows what it is asked to predict. "
+    "Only C before can choose positions. most - least: as in Q3 above."
+)
+RANKS = "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated."
+TOKENS = "Its most frequent tokens, and their share."
+QUARTERS = "Mean gain, from the quarter with the least of it to that with the most."
+
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
-    """Everything that the report says in numbers, and how to read it.
+    """Everything that the report says in numbers. Some is printed; the page has all.
 
-    Some are printed; the page has all.
+    InputError if there are too few positions for some group.
     """
     tables = []
 
     def add(title, reading, rows, printed=False):
+        check_rows(rows)
         table = {"title": title, "reading": reading, "rows": rows, "printed": printed}
         tables.append(table)
 
-    k = args.top_k
     gains = gains_of(before, after)
-    before = at_k(before, k)
-    after = at_k(after, k)
+    k = args.top_k
+    b = at_k(before, k)
+    a = at_k(after, k)
 
-    add(
-        f"Mean gain of the 10% that each method would keep, K={k}",
-        "Of all contexts together, equally many for each method; full keeps all. Of "
-        "equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
-        gain_of_kept(before, gains, 0.1, args),
-        printed=True,
-    )
-    add(
-        f"What explains the gain? K={k}",
-        "Slopes: by how many standard deviations the gain rises with one more of a "
-        "part of D, all else equal. gap = learnable - incompatible: above 0, learnable "
-        "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: "
-        "the share of the gain that is explained, with D in two parts and unsplit.",
-        explain(before, gains, args),
-        printed=True,
-    )
-    add(
-        f"Sure, yet in disagreement (the paper's Q3), K={k}",
-        "Mean gain of the positions with entropy at most, and D at least, its median, "
-        "in three equal groups, from the lowest C to the highest. If the last "
-        "row is above 0, more is gained where the teacher's advice is more compatible.",
-        compare_thirds(before, gains, args),
-        printed=True,
-    )
-    add(
-        f"If C were measured after training, K={k}",
-        "C before: as in the other tables. C after is a leak: by then, what was "
-        "learned stands in the trained student's top K, so C knows what it is asked to "
-        "predict. Only C before can choose positions. most - least: as in Q3 above.",
-        leak(before, after, gains, args),
-        printed=True,
-    )
-    add(
-        f"Rank correlation with the gain, K={k}",
-        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-        rank_correlations(before, gains, args),
-    )
+    title = "Mean gain of the 10% that each method would keep"
+    add(f"{title}, K={k}", KEPT, gain_of_kept(b, gains, 0.1, args), printed=True)
+
+    title = "What explains the gain?"
+    add(f"{title} K={k}", EXPLAIN, explain(b, gains, args), printed=True)
+
+    title = "Sure, yet in disagreement (the paper's Q3)"
+    add(f"{title}, K={k}", THIRDS, compare_thirds(b, gains, args), printed=True)
+
+    title = "If C were measured after training"
+    add(f"{title}, K={k}", LEAK, leak(b, a, gains, args), printed=True)
+
+    # From here on for the page alone.
+    title = "Rank correlation with the gain"
+    add(f"{title}, K={k}", RANKS, rank_correlations(b, gains, args))
+
     for budget in (0.03, 0.05):
-        add(
-            f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
-            "As above, for a smaller budget.",
-            gain_of_kept(before, gains, budget, args),
-        )
-    add(
-        f"What each method would keep at 10%, K={k}",
-        "Its most frequent tokens, and their share.",
-        kept_tokens(before, 0.1, args.seed, decode),
-    )
+        title = f"Mean gain of the {budget:.0%} that each method would keep"
+        add(f"{title}, K={k}", KEPT, gain_of_kept(b, gains, budget, args))
+
+    title = "What each method would keep at 10%"
+    add(f"{title}, K={k}", TOKENS, kept_tokens(b, 0.1, args.seed, decode))
+
     for part in ("learnable", "incompatible"):
-        add(
-            f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
-            "Mean gain, from the quarter with the least of it to that with the most.",
-            compare_quarters(before, gains, part, args),
-        )
-    for other in args.ks:
-        if other == k:
+        title = f"Sure, yet in disagreement, by quarters of its {part} part"
+        add(f"{title}, K={k}", QUARTERS, compare_quarters(b, gains, part, args))
+
+    for k in args.ks:
+        if k == args.top_k:
             continue
-        add(
-            f"What explains the gain? K={other}",
-            "As above, with another number of top tokens.",
-            explain(at_k(before, other), gains, args),
-        )
-        add(
-            f"If C were measured after training, K={other}",
-            "As above, with another number of top tokens.",
-            leak(at_k(before, other), at_k(after, other), gains, args),
-        )
-        add(
-            f"Sure, yet in disagreement, K={other}",
-            "As above, with another number of top tokens.",
-            compare_thirds(at_k(before, other), gains, args),
-        )
+        b = at_k(before, k)
+        a = at_k(after, k)
+        add(f"What explains the gain? K={k}", EXPLAIN, explain(b, gains, args))
+        add(f"If C were measured after training, K={k}", LEAK, leak(b, a, gains, args))
+        title = "Sure, yet in disagreement"
+        add(f"{title}, K={k}", THIRDS, compare_thirds(b, gains, args))
     return tables
+
+
+def check_rows(rows):
+    for cells in rows.values():
+        for cell in cells.values():
+            if isinstance(cell, dict) and np.isnan(cell["value"]):
+                raise opd.InputError(
+                    "there are too few positions for the report's groups; use more "
+                    "--contexts"
+                )
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

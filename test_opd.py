@@ -3531,16 +3531,13 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
     # Contexts of 1 to 5 positions, whose positions do not stand together.
     generator = np.random.default_rng(0)
     context = generator.permutation(np.repeat(np.arange(5), [1, 2, 3, 4, 5]))
-    position = np.arange(15)
-    pairs = np.column_stack([10 * position, context])
     received = []  # how often each position stands in a draw
 
-    def statistic(positions_drawn, pairs_drawn):
-        assert (pairs_drawn == pairs[positions_drawn]).all()  # by the same index
-        received.append(Counter(positions_drawn.tolist()))
-        return len(positions_drawn)
+    def count(positions):
+        received.append(Counter(positions.tolist()))
+        return {"row": {"column": len(positions)}}
 
-    found = diagnose.bootstrap(statistic, [position, pairs], context, 300, seed=1)
+    found = diagnose.bootstrap(count, context, 300, seed=1)["row"]["column"]
     assert found["value"] == 15
     sizes = [sum(times.values()) for times in received]
     received.remove(Counter(range(15)))  # the sample itself
@@ -3568,10 +3565,15 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     # 20 contexts of 50 equal values: 20 independent ones, though 1000 positions.
     generator, context = clusters(20, 50)
     values = generator.normal(size=20)[context]
-    found = diagnose.bootstrap(np.mean, [values], context, 2000, seed=1)
+
+    def mean(positions):
+        return {"row": {"mean": values[positions].mean()}}
+
+    table = diagnose.bootstrap(mean, context, 2000, seed=1)
+    assert diagnose.bootstrap(mean, context, 2000, seed=1) == table
+    assert diagnose.bootstrap(mean, context, 2000, seed=2) != table
+    found = table["row"]["mean"]
     assert found["value"] == values.mean()
-    assert diagnose.bootstrap(np.mean, [values], context, 2000, seed=1) == found
-    assert diagnose.bootstrap(np.mean, [values], context, 2000, seed=2) != found
 
     # Of a normal distribution, 95 % lie within 1.96 standard deviations.
     by_context = (found["high"] - found["low"]) / 2
@@ -3582,20 +3584,36 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     assert by_context > 5 * 1.96 * np.std(by_position)
 
 
+def two_regressors(n=60):  # -> {name: [n]}, with means other than 0
+    a, b = np.random.default_rng(0).normal(2, 3, size=(2, n))
+    return {"a": a, "b": b}
+
+
 def test_least_squares_agrees_with_lstsq():
-    X, Y = np.random.default_rng(0).normal(2, 3, size=(2, 60, 3))
-    X[:, 0] = 1
-    Y = Y[:, :2] + X[:, 1:]
-    found = diagnose.least_squares(X, Y)
-    assert found == pytest.approx(np.linalg.lstsq(X, Y, rcond=None)[0])
+    given = two_regressors()
+    outcome = np.random.default_rng(1).normal(2, 3, size=60) + given["b"]
+    X = np.column_stack([np.ones(60), given["a"], given["b"]])
+    expected = np.linalg.lstsq(X, outcome, rcond=None)[0]
+    found = diagnose.least_squares(given, outcome)
+    assert list(found) == ["a", "b"]
+    assert list(found.values()) == pytest.approx(expected[1:].tolist())
+
+    # Of the outcome's variance, the residuals have what is not explained.
+    residuals = outcome - X @ expected
+    share = 1 - residuals.var() / outcome.var()
+    assert 0.1 < share < 0.9
+    assert diagnose.r_squared(given, outcome) == pytest.approx(share)
 
 
 def test_least_squares_bears_a_regressor_that_is_constant_in_a_draw():
     x = np.random.default_rng(0).normal(size=48)
-    X = np.column_stack([np.ones(48), x, np.full(48, -0.4)])
-    found = diagnose.least_squares(X, np.column_stack([5 * x, 2 * x]))
-    assert found[1] == pytest.approx([5, 2])
-    assert np.abs(found[[0, 2]]).max() < 1e-6
+    found = diagnose.least_squares({"x": x, "constant": np.full(48, -0.4)}, 5 * x)
+    assert found["x"] == pytest.approx(5)
+    assert abs(found["constant"]) < 1e-6
+
+
+def test_an_outcome_without_variance_is_not_explained_at_all():
+    assert diagnose.r_squared(two_regressors(), np.ones(60)) == pytest.approx(0)
 
 
 def mean_ranks_by_loops(values):
@@ -3617,45 +3635,55 @@ def test_equal_values_share_the_mean_of_their_ranks():
     assert diagnose.mean_ranks(values).tolist() == mean_ranks_by_loops(values.tolist())
 
 
-def test_correlations_are_those_of_each_pair_of_columns():
-    X, Y = np.random.default_rng(0).normal(2, 3, size=(2, 40, 3))
-    X[:, 1] -= Y[:, 2]
-    found = diagnose.correlations(X, Y[:, :2])
-    assert found.shape == (3, 2)
-    for i in range(3):
-        for j in range(2):
-            expected = np.corrcoef(X[:, i], Y[:, j])[0, 1]
-            assert found[i, j] == pytest.approx(expected)
+def test_the_correlation_is_that_of_numpy():
+    given = two_regressors()
+    both = given["a"] - given["b"]
+    expected = np.corrcoef(given["a"], both)[0, 1]
+    assert diagnose.correlation(given["a"], both) == pytest.approx(expected)
 
 
 def test_the_correlation_with_a_constant_is_zero():
-    X = np.column_stack([np.ones(5), np.arange(5)])
-    assert diagnose.correlations(X, X) == pytest.approx(np.diag([0, 1]))
+    assert diagnose.correlation(np.ones(5), np.arange(5)) == 0
 
 
 def test_group_means_are_those_worked_out_by_hand():
-    values = np.array([[1.0, 5.0], [2.0, 6.0], [3.0, 10.0], [10.0, 0.0]])
-    member = np.array([[True, True, False], [True, False, False]] * 2)
-    found = diagnose.group_means(values, member)
-    assert found[:2].tolist() == [[4, 5.25], [2, 7.5]]
-    assert np.isnan(found[2]).all()  # a group without members
+    outcomes = {
+        "first": np.array([1.0, 2.0, 3.0, 10.0, 50.0]),
+        "second": np.array([5.0, 6.0, 10.0, 0.0, 50.0]),
+    }
+    groups = {
+        "all": np.ones(5, dtype=bool),
+        "some": np.array([True, False, True, False, True]),
+        "none": np.zeros(5, dtype=bool),
+    }
+    found = diagnose.group_means(outcomes, groups, np.array([0, 1, 2, 3]))
+    assert found["all"] == {"first": 4, "second": 5.25}
+    assert found["some"] == {"first": 2, "second": 7.5}
+    assert np.isnan(list(found["none"].values())).all()
+    # A position that was drawn twice counts twice.
+    twice = diagnose.group_means(outcomes, groups, np.array([0, 3, 3]))
+    assert twice["all"]["first"] == 7
 
 
 def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
-    values = np.array([[1.0], [2.0], [7.0]])
-    member = np.array([[True], [True], [False]])
+    outcomes = {"gain": np.array([1.0, 2.0, 7.0])}
+    groups = {"group": np.array([True, True, False])}
     context = np.array([0, 0, 1])
-    arrays = [values, member]
     assert any(0 not in at for at in drawn(context, 50, seed=0))
-    found = diagnose.bootstrap(diagnose.group_means, arrays, context, 50, seed=0)
-    assert found == {"value": 1.5, "low": 1.5, "high": 1.5}
+
+    def means(positions):
+        return diagnose.group_means(outcomes, groups, positions)
+
+    found = diagnose.bootstrap(means, context, 50, seed=0)
+    assert found == {"group": {"gain": {"value": 1.5, "low": 1.5, "high": 1.5}}}
 
 
 def test_equal_groups_are_those_worked_out_by_hand():
     def members(values, groups, inside):
-        member = diagnose.equal_groups(values, groups, inside)
-        assert member.shape == (len(values), groups)
-        return [np.flatnonzero(column).tolist() for column in member.T]
+        labels = ["low", "middle", "high"][:groups]
+        found = diagnose.equal_groups(values, inside, labels)
+        assert list(found) == labels
+        return [np.flatnonzero(member).tolist() for member in found.values()]
 
     values = np.array([5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
     everywhere = np.ones(6, dtype=bool)
@@ -3669,38 +3697,27 @@ def test_equal_groups_are_those_worked_out_by_hand():
 def test_intervals_are_percentiles_of_the_draws_alone():
     figures = iter(range(201))
 
-    def statistic(values):
-        return 1000 if len(values) == 3 else next(figures)
+    def make_table(positions):
+        is_whole = sorted(positions.tolist()) == [0, 1, 2]
+        return {"row": {"column": 1000 if is_whole else next(figures)}}
 
     # Context 0 has two positions, context 1 one: a draw of both is passed over.
     context = np.array([0, 0, 1])
     draws = drawn(context, 201, seed=0)
-    others = sum(len(at) != 3 for at in draws)
-    found = diagnose.bootstrap(statistic, [np.zeros(3)], context, 201, seed=0)
+    others = sum(sorted(at) != [0, 1, 2] for at in draws)
+    found = diagnose.bootstrap(make_table, context, 201, seed=0)["row"]["column"]
     results = [1000] * (201 - others) + list(range(others))
     assert found["value"] == 1000
     assert found["low"] == pytest.approx(quantile(results, 0.025))
     assert found["high"] == pytest.approx(quantile(results, 0.975))
 
 
-def test_a_row_has_a_cell_for_each_column_and_none_without_a_value(monkeypatch):
-    found = {
-        "value": np.array([[1.0, 2.0]]),
-        "low": np.array([[0.5, 1.5]]),
-        "high": np.array([[3.0, 4.0]]),
-    }
-    monkeypatch.setattr(diagnose, "bootstrap", lambda *_: found)
-    args = SimpleNamespace(bootstrap=1, seed=0)
-    given = (None, [], None, args, ["row"], ["a", "b"])
-    assert diagnose.estimates(*given) == {
-        "row": {
-            "a": {"value": 1.0, "low": 0.5, "high": 3.0},
-            "b": {"value": 2.0, "low": 1.5, "high": 4.0},
-        }
-    }
-    found["value"][0, 1] = np.nan
+def test_a_table_in_which_a_value_is_missing_is_refused():
+    rows = {"a": {"x": {"value": 1.0}, "R2": 0.5}, "b": {"x": {"value": 2.0}}}
+    diagnose.check_rows(rows)
+    rows["b"]["x"]["value"] = math.nan
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.estimates(*given)
+        diagnose.check_rows(rows)
 
 
 # ======================================================================================

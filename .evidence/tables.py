@@ -7,7 +7,6 @@ how many of them the interval lies above and below 0. From the project's folder:
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -69,18 +68,17 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     gain = np.array([line["gain"]["reverse_kl"] for line in lines])
 
     names = [name for name in diagnose.REGRESSORS if name != without]
-    X = diagnose.design(diagnose.make_features(before), names)
-    Y = diagnose.zscore(gain)
+    regressors = diagnose.standardize(diagnose.make_features(before), names)
+    outcome = diagnose.zscore(gain)
 
-    def slopes_and_gap(X, Y):
-        slopes = diagnose.least_squares(X, Y)[1:]  # the first is that of ones
-        gap = slopes[names.index("learnable")] - slopes[names.index("incompatible")]
-        return np.append(slopes, gap)[:, None]
+    def slopes_and_gap(positions):
+        chosen = {name: values[positions] for name, values in regressors.items()}
+        slopes = diagnose.least_squares(chosen, outcome[positions])
+        table = {name: {"slope": slope} for name, slope in slopes.items()}
+        table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
+        return table
 
-    args = SimpleNamespace(bootstrap=1000, seed=0)
-    labels = [*names, "gap"]
-    context = before["context"]
-    rows = diagnose.estimates(slopes_and_gap, [X, Y], context, args, labels, ["slope"])
+    rows = diagnose.bootstrap(slopes_and_gap, before["context"], draws=1000, seed=0)
     return {name: cells["slope"] for name, cells in rows.items()}
 
 
