@@ -246,9 +246,18 @@ def bootstrap(make_table, context, draws, seed):
 
     make_table(positions) -> {row: {column: number}}, where `positions` are the indices
     of those to use. context [N] says to which context a position belongs. Returns
-    {row: {column: {"value", "low", "high"}}}.
+    {row: {column: {"value", "low", "high"}}}. InputError if a number is nan.
     """
-    positions_of = []
+    all_positions = np.arange(len(context))
+    table = make_table(all_positions)
+    for columns in table.values():
+        if np.isnan(list(columns.values())).any():
+            raise opd.InputError(
+                "there are too few positions for the report's groups; use more "
+                "--contexts"
+            )
+
+    positions_of = []  # of each context
     for number in np.unique(context):
         positions_of.append(np.flatnonzero(context == number))
 
@@ -259,12 +268,11 @@ def bootstrap(make_table, context, draws, seed):
         positions = np.concatenate([positions_of[number] for number in drawn])
         drawn_tables.append(make_table(positions))
 
-    all_positions = np.arange(len(context))
     rows = {}
-    for row, columns in make_table(all_positions).items():
+    for row, columns in table.items():
         rows[row] = {}
         for column, value in columns.items():
-            results = [table[row][column] for table in drawn_tables]
+            results = [drawn_table[row][column] for drawn_table in drawn_tables]
             # A draw may contain no position of a group by chance: its nan is left out.
             low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
             rows[row][column] = {"value": float(value), "low": low, "high": high}
@@ -586,14 +594,10 @@ QUARTERS = "Mean gain, from the quarter with the least of it to that with the mo
 
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
-    """Everything that the report says in numbers. Some is printed; the page has all.
-
-    InputError if there are too few positions for some group.
-    """
+    """Everything that the report says in numbers. Some is printed; the page has all."""
     tables = []
 
     def add(title, reading, rows, printed=False):
-        check_rows(rows)
         table = {"title": title, "reading": reading, "rows": rows, "printed": printed}
         tables.append(table)
 
@@ -639,16 +643,6 @@ def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of t
         title = "Sure, yet in disagreement"
         add(f"{title}, K={k}", THIRDS, compare_thirds(b, gains, args))
     return tables
-
-
-def check_rows(rows):
-    for cells in rows.values():
-        for cell in cells.values():
-            if isinstance(cell, dict) and np.isnan(cell["value"]):
-                raise opd.InputError(
-                    "there are too few positions for the report's groups; use more "
-                    "--contexts"
-                )
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

@@ -3531,7 +3531,7 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
     # Contexts of 1 to 5 positions, whose positions do not stand together.
     generator = np.random.default_rng(0)
     context = generator.permutation(np.repeat(np.arange(5), [1, 2, 3, 4, 5]))
-    received = []  # how often each position stands in a draw
+    received = []  # how often each position stands in a draw, first in the sample
 
     def count(positions):
         received.append(Counter(positions.tolist()))
@@ -3539,9 +3539,9 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
 
     found = diagnose.bootstrap(count, context, 300, seed=1)["row"]["column"]
     assert found["value"] == 15
-    sizes = [sum(times.values()) for times in received]
-    received.remove(Counter(range(15)))  # the sample itself
+    assert received.pop(0) == Counter(range(15))
     assert len(received) == 300
+    sizes = [sum(times.values()) for times in received]
     for name, share in (("low", 0.025), ("high", 0.975)):
         assert found[name] == pytest.approx(quantile(sizes, share), abs=0.5)
 
@@ -3713,11 +3713,11 @@ def test_intervals_are_percentiles_of_the_draws_alone():
 
 
 def test_a_table_in_which_a_value_is_missing_is_refused():
-    rows = {"a": {"x": {"value": 1.0}, "R2": 0.5}, "b": {"x": {"value": 2.0}}}
-    diagnose.check_rows(rows)
-    rows["b"]["x"]["value"] = math.nan
+    def make_table(positions):
+        return {"a": {"x": 1.0}, "b": {"x": math.nan}}
+
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.check_rows(rows)
+        diagnose.bootstrap(make_table, np.array([0, 1]), 5, seed=0)
 
 
 # ======================================================================================
@@ -4100,6 +4100,15 @@ def test_a_constant_feature_is_named_instead_of_printing_nan():
         tabulated(before, after, gains, args)
 
 
+def test_a_group_without_positions_is_refused_instead_of_printing_nan():
+    # No position is sure and in disagreement, if H and D have the same order.
+    before, after, gains, args = made_up(0.0)
+    for k in (8, 16, 32):
+        before[f"divergence_{k}"] = before["entropy"]
+    with pytest.raises(ValueError, match="too few positions"):
+        tabulated(before, after, gains, args)
+
+
 # ======================================================================================
 # diagnose.py: the program
 # ======================================================================================
@@ -4122,6 +4131,16 @@ def measured(store, tmp_path_factory):
     prompts_file(folder / "many.jsonl", 30)
     more = ["--prompts", folder / "many.jsonl", "--steps", 5, "--lr", "1e-2"]
     return folder, diagnosis(store, folder / "out", *more, "--save-every", 5)
+
+
+def test_another_k_is_measured_beside_the_usual_three(measured, store, tmp_path):
+    folder, _ = measured
+    more = ["--after", folder / "out" / "student", "--top-k", 4]
+    report, positions, _ = diagnosis(store, tmp_path / "out", *more)
+    titles = [table["title"] for table in report["tables"]]
+    for k in (4, 8, 16, 32):
+        assert f"What explains the gain? K={k}" in titles
+        assert f"compatibility_{k}" in positions[0]["after"]
 
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
