@@ -3,7 +3,7 @@
 opd.py trains on tokens that it takes to be teachable. Were they? To find out, look at
 the same tokens twice, before training and after it:
 
-  1. freeze            the student, before training, writes responses: the contexts
+  1. sample_contexts   the student, before training, writes responses: the contexts
   2. measure_contexts  both models read them, and are compared at every position
   3. opd.train         on all positions (--after: take a student that was trained
                        earlier, a run of `opd.py --select full`)
@@ -16,37 +16,14 @@ The last is called the gain of a position. It is measured in three ways:
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
 
-What is known before training is D, how much the two models disagree, and C, how much of
-what the teacher wants is among the student's top K tokens. Rescaled to [0, 1], they
-split the disagreement in two: D * C is learnable, D * (1 - C) incompatible. The paper's
-hypothesis is that the first part is learned, and the second is not. Three made-up
-positions of the demo, for which it holds:
+The report asks what predicts the gain: which of the quantities that are known before
+training. These are the entropy, D and C of opd.py, rescaled to [0, 1], and the two
+parts of the disagreement, D * C (learnable) and D * (1 - C) (incompatible). The paper's
+hypothesis is that the first part is learned, and the second is not. What came out in
+the demo is in the README, section 6 and finding 5.
 
-                        D     C    learnable    incompatible    gain
-     the result "17"    .5    1       .5              0          .9
-     the word "gets"    1     0        0              1           0
-     the name "Ben"     0     1        0              0           0
-
-Does it hold in truth? Four tables are printed; report.html has more. Each is made by a
-function of part 3:
-
-  gain_of_kept    How much do the positions gain that a selection method would keep? Of
-                  these three, divergence would keep "gets", and teachability "17".
-                  In the demo: teachability's gain most in reverse KL and in overlap,
-                  and divergence's in forward KL, where "gets" does gain.
-  explain         What predicts the gain? Here it rises with the learnable part alone.
-                  In the demo: in forward KL it rises with the incompatible part. In
-                  reverse KL the answer depends on the controls (README, finding 5).
-  compare_thirds  Where the student is sure, yet disagrees ("17" and "gets", not "Ben"),
-                  does a more compatible position gain more?
-                  In the demo: no. In forward KL it gains less, else about the same.
-  leak            What if C is measured after training, wrongly? If "gets" was learned,
-                  what the teacher wants there has come into the student's top K: C is
-                  1 now, and the position seems to have been learnable.
-                  In the demo: with K = 32 this turns the answer of `explain` round.
-
-Notation as in opd.py: p is the student's next-token distribution, q the teacher's. K is
-16, and for comparison 8 and 32.
+Notation as in opd.py: p is the student's next-token distribution, q the teacher's. K,
+of D and C, is 16, and for comparison 8 and 32.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
@@ -70,7 +47,7 @@ def main(args):
     pair, training, held_out = opd.prepare(args)
     trained = None
     if args.after:
-        trained = load_trained(pair, args)  # if it is refused, then at once
+        trained = load_trained(pair, args)  # now: what is wrong shows before the work
     out = opd.new_folder(args.out, "diagnosis")
 
     prompts = []
@@ -78,8 +55,8 @@ def main(args):
         example = held_out[i % len(held_out)]  # from the start again if too few
         prompts.append(example["prompt"])
 
-    # 1. Freeze contexts.
-    batches = freeze(pair, prompts, args)
+    # 1. Sample contexts.
+    batches = sample_contexts(pair, prompts, args)
 
     # 2. Measure them before training.
     before = measure_contexts(pair, batches, args)  # {name: [N]}
@@ -102,11 +79,11 @@ def main(args):
 # ======================================================================================
 
 
-def freeze(pair, prompts, args):  # -> [opd.Rollout]
+def sample_contexts(pair, prompts, args):  # -> [opd.Rollout]
     """The student before training samples one response to each prompt."""
     torch.manual_seed(args.seed)
     batches = []
-    size = 4 * args.batch_size  # as in opd.evaluate
+    size = 4 * args.batch_size  # without gradients more fit in at once
     for start in tqdm(range(0, len(prompts), size), "sampling contexts", disable=None):
         part = prompts[start : start + size]
         batches.append(opd.rollout(pair, part, args.max_new_tokens))
@@ -123,8 +100,8 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
     """All that is measured at n positions, in nats but for overlap and C.
 
-    D and C for each K of `ks`: see `at_k`. The five likeliest tokens of both models,
-    [n, 5], are for the page.
+    D and C for each K of `ks`. The five likeliest tokens of either model, [n, 5], are
+    for the page.
     """
     five = min(5, student_logits.shape[-1])
     measured = {
@@ -145,15 +122,6 @@ def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
     return measured
 
 
-def at_k(measured, k):  # {name: [N]} -> {name: [N]}
-    """With this K's D and C under the names "divergence" and "compatibility"."""
-    return {
-        **measured,
-        "divergence": measured[f"divergence_{k}"],
-        "compatibility": measured[f"compatibility_{k}"],
-    }
-
-
 def locate(mask):  # [B, R] bool -> [B, R] twice
     """Where a position stands: in which response, and how far into it, from 0 to 1."""
     response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
@@ -168,22 +136,24 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 
     The N positions come context by context, left to right.
     """
-
-    def measure_all(student_logits, teacher_logits, tokens, k):  # k is one of args.ks
-        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
-
     parts = defaultdict(list)
-    contexts = 0  # how many came before this batch
+    first_context = 0  # of the batch
     for batch in tqdm(batches, "scoring contexts", disable=None):
         size = args.micro_batch_size
-        student_hidden = opd.all_hidden_states(pair.student, batch, size)
-        teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+        student_hidden = opd.batch_hidden_states(pair.student, batch, size)
+        teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
         scores = opd.score(
-            pair, batch, student_hidden, teacher_hidden, args.top_k, measure_all
+            pair,
+            batch,
+            student_hidden,
+            teacher_hidden,
+            k=args.ks,  # several: `measure_chunk` gets them as they are
+            measure_fn=measure_chunk,
         )
-        response, scores["progress"] = locate(batch.mask)
-        scores["context"] = contexts + response
-        contexts += len(batch.mask)
+        response, progress = locate(batch.mask)
+        scores["context"] = first_context + response
+        scores["progress"] = progress
+        first_context += len(batch.mask)
         for name, values in scores.items():
             parts[name].append(values[batch.mask].cpu().numpy())
 
@@ -235,7 +205,7 @@ def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
 # ======================================================================================
 
 
-def bootstrap(make_table, context, draws, seed):
+def bootstrap(table_of, context, draws, seed):
     """A table of numbers, each with a 95 % interval: how much may it owe to chance?
 
     Had the student written other responses, the numbers would differ a little. To see
@@ -244,12 +214,12 @@ def bootstrap(make_table, context, draws, seed):
     middle 95 % of the results are the interval. (Drawing single positions would make it
     too narrow, since those of one response resemble each other.)
 
-    make_table(positions) -> {row: {column: number}}, where `positions` are the indices
+    table_of(positions) -> {row: {column: number}}, where `positions` are the indices
     of those to use. context [N] says to which context a position belongs. Returns
     {row: {column: {"value", "low", "high"}}}. InputError if a number is nan.
     """
     all_positions = np.arange(len(context))
-    table = make_table(all_positions)
+    table = table_of(all_positions)
     for columns in table.values():
         if np.isnan(list(columns.values())).any():
             raise opd.InputError(
@@ -266,7 +236,7 @@ def bootstrap(make_table, context, draws, seed):
     for _ in range(draws):
         drawn = generator.integers(len(positions_of), size=len(positions_of))
         positions = np.concatenate([positions_of[number] for number in drawn])
-        drawn_tables.append(make_table(positions))
+        drawn_tables.append(table_of(positions))
 
     rows = {}
     for row, columns in table.items():
@@ -353,9 +323,18 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
 # 3. Analysis. Each function makes the rows of one table, {row: {column: cell}}. A cell
 #    is a number with its interval, a number or a text.
 #
-#    `before` and `after` are what `measure_contexts` returns, {name: [N]}, with D and C
-#    of one K (`at_k`), and `gains` is {measure: [N]}.
+#    Here `before` and `after` are what `measure_contexts` returned, {name: [N]}, with D
+#    and C of one K (`at_k`), and `gains` is {measure: [N]}.
 # ======================================================================================
+
+
+def at_k(measured, k):  # {name: [N]} -> {name: [N]}
+    """With this K's D and C under the names "divergence" and "compatibility"."""
+    return {
+        **measured,
+        "divergence": measured[f"divergence_{k}"],
+        "compatibility": measured[f"compatibility_{k}"],
+    }
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -428,7 +407,8 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 # controls. (An unsure student, say, may gain more whatever the teacher wants, and the
 # two parts must not get the credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
-# The paper's baseline: D as a whole. If it explains as much, the split is worth nothing.
+# The paper's baseline: D as a whole, also in product with the entropy. If that explains
+# as much, the split is worth nothing.
 UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
@@ -482,10 +462,7 @@ def explain(before, gains, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Low entropy and high D, each split at its median.
-
-    That makes four quadrants; the paper calls this one Q3.
-    """
+    """Entropy at most, and D at least, its median: the paper's third quadrant, Q3."""
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
@@ -593,56 +570,87 @@ TOKENS = "Its most frequent tokens, and their share."
 QUARTERS = "Mean gain, from the quarter with the least of it to that with the most."
 
 
+def make_table(title, reading, rows, printed=False):
+    return {"title": title, "reading": reading, "rows": rows, "printed": printed}
+
+
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
     """Everything that the report says in numbers. Some is printed; the page has all."""
-    tables = []
-
-    def add(title, reading, rows, printed=False):
-        table = {"title": title, "reading": reading, "rows": rows, "printed": printed}
-        tables.append(table)
-
     gains = gains_of(before, after)
     k = args.top_k
-    b = at_k(before, k)
-    a = at_k(after, k)
+    tables = tables_at(k, at_k(before, k), at_k(after, k), gains, args, decode)
+    for other in args.ks:
+        if other != k:
+            other_before = at_k(before, other)
+            other_after = at_k(after, other)
+            tables += tables_at_other(other, other_before, other_after, gains, args)
+    return tables
 
-    title = "Mean gain of the 10% that each method would keep"
-    add(f"{title}, K={k}", KEPT, gain_of_kept(b, gains, 0.1, args), printed=True)
 
-    title = "What explains the gain?"
-    add(f"{title} K={k}", EXPLAIN, explain(b, gains, args), printed=True)
-
-    title = "Sure, yet in disagreement (the paper's Q3)"
-    add(f"{title}, K={k}", THIRDS, compare_thirds(b, gains, args), printed=True)
-
-    title = "If C were measured after training"
-    add(f"{title}, K={k}", LEAK, leak(b, a, gains, args), printed=True)
-
-    # From here on for the page alone.
-    title = "Rank correlation with the gain"
-    add(f"{title}, K={k}", RANKS, rank_correlations(b, gains, args))
-
+def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
+    tables = [
+        make_table(
+            f"Mean gain of the 10% that each method would keep, K={k}",
+            KEPT,
+            gain_of_kept(before, gains, 0.1, args),
+            printed=True,
+        ),
+        make_table(
+            f"What explains the gain? K={k}",
+            EXPLAIN,
+            explain(before, gains, args),
+            printed=True,
+        ),
+        make_table(
+            f"Sure, yet in disagreement (the paper's Q3), K={k}",
+            THIRDS,
+            compare_thirds(before, gains, args),
+            printed=True,
+        ),
+        make_table(
+            f"If C were measured after training, K={k}",
+            LEAK,
+            leak(before, after, gains, args),
+            printed=True,
+        ),
+        make_table(
+            f"Rank correlation with the gain, K={k}",
+            RANKS,
+            rank_correlations(before, gains, args),
+        ),
+    ]
     for budget in (0.03, 0.05):
-        title = f"Mean gain of the {budget:.0%} that each method would keep"
-        add(f"{title}, K={k}", KEPT, gain_of_kept(b, gains, budget, args))
+        title = f"Mean gain of the {budget:.0%} that each method would keep, K={k}"
+        rows = gain_of_kept(before, gains, budget, args)
+        tables.append(make_table(title, KEPT, rows))
 
-    title = "What each method would keep at 10%"
-    add(f"{title}, K={k}", TOKENS, kept_tokens(b, 0.1, args.seed, decode))
+    title = f"What each method would keep at 10%, K={k}"
+    rows = kept_tokens(before, 0.1, args.seed, decode)
+    tables.append(make_table(title, TOKENS, rows))
 
     for part in ("learnable", "incompatible"):
-        title = f"Sure, yet in disagreement, by quarters of its {part} part"
-        add(f"{title}, K={k}", QUARTERS, compare_quarters(b, gains, part, args))
-
-    for k in args.ks:
-        if k == args.top_k:
-            continue
-        b = at_k(before, k)
-        a = at_k(after, k)
-        add(f"What explains the gain? K={k}", EXPLAIN, explain(b, gains, args))
-        add(f"If C were measured after training, K={k}", LEAK, leak(b, a, gains, args))
-        title = "Sure, yet in disagreement"
-        add(f"{title}, K={k}", THIRDS, compare_thirds(b, gains, args))
+        title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
+        rows = compare_quarters(before, gains, part, args)
+        tables.append(make_table(title, QUARTERS, rows))
     return tables
+
+
+def tables_at_other(k, before, after, gains, args):  # -> a list of tables
+    return [
+        make_table(
+            f"What explains the gain? K={k}", EXPLAIN, explain(before, gains, args)
+        ),
+        make_table(
+            f"If C were measured after training, K={k}",
+            LEAK,
+            leak(before, after, gains, args),
+        ),
+        make_table(
+            f"Sure, yet in disagreement, K={k}",
+            THIRDS,
+            compare_thirds(before, gains, args),
+        ),
+    ]
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

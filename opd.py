@@ -14,8 +14,8 @@ One training step:
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
   3. rank     by teachability, D * C. Both are rescaled first, to [0, 1] over the batch
-  4. select   keep the best tenth of the batch's positions (the `budget`). A response
-              that has none among them adds its best one
+  4. select   keep the best tenth of the batch's positions (the `budget`), and at least
+              one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 Read parts 1 to 3 from top to bottom. In part 2, `simple_step` is the whole method in
@@ -126,8 +126,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V] and tokens [...].
 
-    `tokens` are those that the student wrote there: not used here, but a `measure_fn`
-    of your own (see `train_step`) gets the same arguments. The log shows the means.
+    `tokens` are those that the student wrote there. They are not used here, but may be
+    in a function of your own that takes the place of this one (`train_step`).
     """
     return {
         # The loss of full on-policy distillation: the curve to watch in the log.
@@ -174,44 +174,42 @@ METHODS = (
 
 def soft_or(a, b):  # in [0, 1] each
     """a + b - a * b: large where one of the two is."""
-    # In this form it is exactly 1 where a or b is. The other one may miss 1 by a
-    # rounding error, and then this error would decide between positions that tie.
+    # The same, but exactly 1 where a or b is. The form above may miss 1 by a rounding
+    # error, which would then decide between positions that tie.
     return 1 - (1 - a) * (1 - b)
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility", or those of them
-    that the method needs. "random" draws from `generator`, on the CPU. ValueError for
-    an unknown method.
+    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws
+    from `generator`, on the CPU. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if method == "full":  # all are kept, in whatever order
-        return torch.zeros(mask.shape, device=mask.device)
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
 
-    def rescaled(name):  # to [0, 1], over the batch
-        return robust_normalize(scores[name], mask)
-
-    if method in ("entropy", "divergence", "compatibility"):
-        return rescaled(method)
-
-    d = rescaled("divergence")
-    if method == "tip":
-        return soft_or(rescaled("entropy"), d)
+    # H, D and C, rescaled to [0, 1] over the batch.
+    h = robust_normalize(scores["entropy"], mask)
+    d = robust_normalize(scores["divergence"], mask)
+    c = robust_normalize(scores["compatibility"], mask)
 
     # The idea of the paper: disagreement has two parts, which add up to d.
-    c = rescaled("compatibility")
     learnable = d * c  # the teacher reweights tokens that the student considers
     incompatible = d * (1 - c)  # it wants other tokens
-    if method == "teachability":
-        return learnable
-    if method == "incompatible":
-        return incompatible
-    return soft_or(rescaled("entropy"), learnable)  # "teachability_entropy"
+
+    formulas = {
+        "full": torch.zeros_like(d),  # all are kept, in whatever order
+        "teachability": learnable,
+        "teachability_entropy": soft_or(h, learnable),
+        "entropy": h,
+        "divergence": d,
+        "tip": soft_or(h, d),
+        "compatibility": c,
+        "incompatible": incompatible,
+    }
+    return formulas[method]
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -226,7 +224,10 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
     if ranks.dim() != 2 or ranks.shape != mask.shape:
-        raise ValueError(f"ranks and mask must be [B, R], got {list(ranks.shape)}")
+        raise ValueError(
+            "ranks and mask must both be [B, R] (for a single response [1, R]), got "
+            f"{list(ranks.shape)} and {list(mask.shape)}"
+        )
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
     valid_ranks = ranks[mask]  # [N] without padding, row by row
@@ -280,8 +281,9 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_tokens=256):
     """The whole method, for one prompt [1, P], if memory were no matter. -> loss
 
-    The program does not call it: `train_step`, below, does the same for a batch. (What
-    else a checkpoint may set for generation still counts here.)
+    For reading: the program calls `train_step`, below. This leaves out what real pairs
+    of checkpoints need: padding, a temperature, ends that differ, settings for sampling
+    that a checkpoint brings along.
     """
     student.eval()  # no dropout, in training either: p is one distribution throughout
     teacher.eval()
@@ -326,13 +328,28 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     return loss.item()
 
 
+# `train_step` takes the same five steps for a batch, and the functions that it calls
+# follow in its order. They are longer than the lines above for two reasons.
+#
+# * Memory. Logits are huge, V numbers for each position; the hidden states that a
+#   model's last layer gives are small. So the layers run first, for some responses at a
+#   time (a micro-batch). Then the output head makes logits from hidden states, for a
+#   chunk of positions at a time, and these are used and forgotten. For the update the
+#   student's layers run again, with a gradient, and only kept positions get logits.
+# * Checkpoints differ. They end a response with different tokens (`merge_ends`), one
+#   has more outputs than the other, and some bring settings for sampling along.
+#
+# More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
+
+
 def train_step(
     pair, optimizer, prompts, args, generator, rule=None, measure_fn=measure
 ):
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
-    `pair` holds both models, `args` the program's flags. With rule(scores, mask) ->
-    [B, R] in place of `rank`, or measure_fn(...) in place of `measure`, it trains by a
+    `pair` holds both models. `args` are the program's flags; max_new_tokens, top_k,
+    select, budget, loss and micro_batch_size are used. With rule(scores, mask) -> [B, R]
+    in place of `rank`, or measure_fn(...) in place of `measure`, it trains by a
     selection rule of your own. ValueError if these return what cannot be used.
     """
     # 1. Rollout: the student writes.
@@ -342,17 +359,16 @@ def train_step(
 
     # 2. Score: both models read what it wrote, and are compared at every token.
     size = args.micro_batch_size
-    student_hidden = all_hidden_states(pair.student, batch, size)
-    teacher_hidden = all_hidden_states(pair.teacher, batch, size)
+    student_hidden = batch_hidden_states(pair.student, batch, size)  # [B, R, E]
+    teacher_hidden = batch_hidden_states(pair.teacher, batch, size)
     scores = score(pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn)
-    check_scores(scores)
 
-    # 3. Rank.
+    # 3. Rank, by the method or by a rule of your own.
     if rule is None:
         ranks = rank(args.select, scores, batch.mask, generator)
     else:
         ranks = rule(scores, batch.mask)
-    check_ranks(ranks, batch.mask, args.select, rule)
+    check_ranks(scores, ranks, batch.mask, args.select, rule)
 
     # 4. Select.
     keep_all = rule is None and args.select == "full"
@@ -369,27 +385,11 @@ def train_step(
     }
 
 
-# The functions that `train_step` calls follow, in its order. They are longer than the
-# lines of `simple_step` for two reasons.
-#
-# * Memory. Logits are huge, V numbers for each position; the hidden states that a
-#   model's layers give are small. So the layers run first, for some responses at a time
-#   (a micro-batch). Then the output head makes logits from hidden states, for a chunk
-#   of positions at a time, and these are used and forgotten. For the update the
-#   student's layers run again, with a gradient, and only kept positions get logits.
-# * Checkpoints differ. They end a response with different tokens (`merge_ends`), one
-#   has more outputs than the other (`never_sampled`), and some bring sampling settings
-#   along (`generate_with_only`).
-#
-# More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
-
-
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
 
-    `end_ids` are all tokens that end a response, of either model. They are one event:
-    `rollout` counts whichever is drawn as the first of them, and `merge_ends` adds
-    their probabilities up.
+    `end_ids` are all tokens that end a response, of either model. They are one event,
+    written as the first of them: see `merge_ends`.
     """
 
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
@@ -410,6 +410,9 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
+PADDING = 0  # any token id will do: nothing valid looks there
+
+
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt, from p itself: no filter."""
@@ -428,12 +431,13 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         pad_token_id=PADDING,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
+    # With these settings alone, and none that the checkpoint may bring along.
     ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
 
     responses = ids[:, prompt_length:]  # [B, R]
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
     is_end = torch.isin(responses, end_ids)  # [B, R]
-    if pair.end_ids:  # any end is written down as the first; what follows is padding
+    if pair.end_ids:  # whichever end was drawn, it is replaced by end_ids[0]
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids[:, :prompt_length], responses], -1),
@@ -443,9 +447,6 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
-
-
-PADDING = 0  # any token id will do: nothing valid looks there, see `rollout`
 
 
 def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
@@ -470,45 +471,6 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
 
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, but for those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
 def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     """True up to and including the first token that ends the response.
 
@@ -520,8 +482,8 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
 
 
 @torch.no_grad()
-def all_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
-    """`hidden_states` of all responses, without gradient, in micro-batches."""
+def batch_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
+    """`hidden_states`, below, of all responses: in micro-batches, without gradient."""
     parts = []
     for start in range(0, len(batch.ids), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -545,7 +507,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
             position_ids=positions,
             use_cache=False,
         )
-    hidden = output.last_hidden_state  # [B, P + R, E]
+    hidden = output.last_hidden_state  # [rows, P + R, E]
 
     prompt_length = batch.ids.shape[1] - batch.responses.shape[1]  # P
     return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
@@ -555,7 +517,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
 def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     """What measure_fn measures, at every valid position, 0 elsewhere: {name: [B, R]}.
 
-    The hidden states [B, R, E] are what `all_hidden_states` returns for either model;
+    The hidden states [B, R, E] are what `batch_hidden_states` returns for either model;
     `k` is handed on to measure_fn.
     """
     # mask picks the N valid positions, row by row; each chunk has n of them.
@@ -687,31 +649,6 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
     return total
 
 
-def check_scores(scores):
-    """ValueError unless a measure_fn of your own returns all that `measure` does."""
-    for name in ("kl_all", "entropy", "divergence", "compatibility"):
-        if name not in scores:
-            raise ValueError(
-                f"measure_fn returned no {name}: let it call opd.measure, and add to it"
-            )
-
-
-def check_ranks(ranks, mask, select, rule):  # [B, R], [B, R], a method, None or yours
-    """ValueError unless a rule of your own ranks all positions; a warning for ties."""
-    name = select
-    if rule is not None:
-        name = getattr(rule, "__name__", "rule")
-        if ranks.shape != mask.shape:
-            raise ValueError(
-                f"{name} must return a number for each position, {tuple(mask.shape)}; "
-                f"it returned {tuple(ranks.shape)}"
-            )
-        if ranks[mask].isnan().any():
-            raise ValueError(f"{name} must return numbers, and returned nan")
-    if name != "full" and (ranks[mask] == ranks[mask][0]).all():
-        warn(f"{name} ranks all positions alike, so the first ones are kept")
-
-
 def summarize(scores, batch, keep):  # -> {name: number}, for the log
     summary = means_of(scores, batch.mask)
     summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
@@ -738,8 +675,9 @@ def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
 def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
     """Train the student in place, step by step; log, and save now and then.
 
-    `args` are the program's flags, see `parse_args`. `resumed` is what `save` wrote, to
-    go on from there. `rule` and `measure_fn` are for `train_step`.
+    `args` are the program's flags, see `parse_args`, but for the temperature, which is
+    the pair's. `resumed` is what `save` wrote, to go on from there. `rule` and
+    `measure_fn` are for `train_step`.
     """
     optimizer = torch.optim.AdamW(
         pair.student.parameters(), lr=args.lr, weight_decay=0.1, fused=True
@@ -819,8 +757,9 @@ NOT_IN_TERMINAL = (
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
     columns = [name for name in line if name not in NOT_IN_TERMINAL]
+    widths = {name: max(7, len(name)) for name in columns}
     if not path.exists():  # this is the first row: before it, the heading
-        show("  ".join(f"{name:>7}" for name in columns))
+        show("  ".join(f"{name:>{widths[name]}}" for name in columns))
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -829,8 +768,7 @@ def log(path, line, steps):  # {name: number}
     if is_last or is_tenth:
         cells = []
         for name in columns:
-            width = max(7, len(name))
-            cells.append(f"{line[name]:{width}.4g}")
+            cells.append(f"{line[name]:{widths[name]}.4g}")
         show("  ".join(cells))
 
 
@@ -873,8 +811,8 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        student_hidden = all_hidden_states(pair.student, batch, args.micro_batch_size)
-        teacher_hidden = all_hidden_states(pair.teacher, batch, args.micro_batch_size)
+        student_hidden = batch_hidden_states(pair.student, batch, args.micro_batch_size)
+        teacher_hidden = batch_hidden_states(pair.teacher, batch, args.micro_batch_size)
         scores = score(
             pair,
             batch,
@@ -923,6 +861,69 @@ def warn(message):
 def describe(error):  # in one line, with its type unless the text is our own
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, but for those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
+def check_ranks(scores, ranks, mask, select, rule):
+    """ValueError unless `measure_fn` and `rule` returned what a step needs.
+
+    A warning if all positions are ranked alike.
+    """
+    for name in ("kl_all", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(
+                f"measure_fn returned no {name}: let it call opd.measure, and add to it"
+            )
+    name = select
+    if rule is not None:
+        name = getattr(rule, "__name__", "rule")
+        if ranks.shape != mask.shape:
+            raise ValueError(
+                f"{name} must return a number for each position, {tuple(mask.shape)}; "
+                f"it returned {tuple(ranks.shape)}"
+            )
+        if ranks[mask].isnan().any():
+            raise ValueError(f"{name} must return numbers, and returned nan")
+    if name != "full" and (ranks[mask] == ranks[mask][0]).all():
+        warn(f"{name} ranks all positions alike, so the first ones are kept")
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer
@@ -1057,7 +1058,8 @@ def check_trainable(student, name):
         if weight.dtype != torch.float32 or not weight.requires_grad:
             raise InputError(
                 f"{name}: {weight_name} cannot be trained (frozen, in half "
-                "precision, quantised, an adapter's); all weights must be plain float32"
+                "precision, quantised, an adapter's); all weights must be plain "
+                "float32: load it with dtype=torch.float32"
             )
 
 
@@ -1602,7 +1604,7 @@ def parse_args(argv=None, parser=None):
     given = [args.student, args.teacher, args.prompts]
     if not any(given):
         parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # again, now with the demo's defaults
     elif not all(given):
         fail("--student, --teacher and --prompts go together; with none, the demo runs")
     if args.budget is None:

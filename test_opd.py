@@ -1,11 +1,12 @@
 """Tests of opd.py: offline, on the CPU, on tiny random models.
 
-To understand a training step, read `plain_step`, right below: the same step without
-padding, micro-batches and chunks, one position at a time. Expected values are loops in
-plain Python or numbers worked out by hand. In this order (the first two to learn
-from, the others to look things up):
+To understand a training step, read `plain_step`, right below: from the responses to
+the gradient, one position at a time. Expected values are loops in plain Python or
+numbers worked out by hand. In this order (the first three to learn from, the others to
+look things up):
 
   the plain step, and an example of three tokens
+  grading: a function that is not written yet
   the mathematics, function by function; it grades the assignment
   helpers: tiny models, prompts, runs of the program
   the step: rollout, the end of a response, scores, gradient
@@ -48,116 +49,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import diagnose
 
 opd = importlib.import_module(os.environ.get("OPD", "opd"))
-
-
-def graded(function):
-    """The same function; while it is not written yet, a test fails with one line."""
-
-    def call(*arguments, **more):
-        try:
-            return function(*arguments, **more)
-        except NotImplementedError as error:
-            message = str(error)
-        pytest.fail(message, pytrace=False)
-
-    return call
-
-
-if "OPD" in os.environ:
-    for name, value in list(vars(opd).items()):
-        if inspect.isfunction(value) and value.__module__ == opd.__name__:
-            setattr(opd, name, graded(value))
-
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 V = 64  # vocabulary of the tiny models
 
 
 # ======================================================================================
-# The plain step: on lists of plain floats, first by an example of three tokens
+# The plain step: on lists of plain floats. The functions that it calls follow it, then
+# an example of three tokens
 # ======================================================================================
-
-
-def kl(p, q):
-    return sum(x * math.log(x / y) for x, y in zip(p, q))
-
-
-def top(probabilities, k):
-    return set(sorted(range(len(probabilities)), key=lambda v: -probabilities[v])[:k])
-
-
-def restricted(probabilities, union):
-    inside = [probabilities[v] for v in union]
-    return [x / sum(inside) for x in inside]
-
-
-def quantile(values, share):
-    values = sorted(values)
-    at = share * (len(values) - 1)
-    below = int(at)
-    above = min(below + 1, len(values) - 1)
-    return values[below] + (values[above] - values[below]) * (at - below)
-
-
-def normalized(values, valid):
-    low = quantile(valid, 0.05)
-    high = quantile(valid, 0.95)
-    return [min(max((z - low) / (high - low), 0.0), 1.0) for z in values]
-
-
-def keep_best(ranks, rows, budget):  # a number and a row for each position -> set
-    """The positions to keep: the best of all, and the best of each row without one."""
-    best_first = sorted(range(len(ranks)), key=lambda i: -ranks[i])  # ties: the earlier
-    number = math.ceil(budget * len(ranks) - 1e-9)  # 0.07 * 100 > 7 in floats
-    kept = set(best_first[:number])
-    for row in set(rows):
-        own = [i for i in best_first if rows[i] == row]
-        if not kept & set(own):
-            kept.add(own[0])
-    return kept
-
-
-def plain_scores(p, q, k):  # two distributions -> H, D, C of one position
-    student_top = top(p, k)
-    union = student_top | top(q, k)
-    H = -sum(x * math.log(x) for x in p)
-    D = kl(restricted(q, union), restricted(p, union))
-    C = sum(q[v] for v in student_top)
-    return H, D, C
-
-
-def test_of_three_tokens_the_one_that_can_be_learned_is_kept():
-    # Three positions, in a vocabulary of four, at K = 2. The student expects p, its
-    # teacher q. First they agree. Then the teacher wants the student's second choice,
-    # which can be learned. Then it wants a token that the student does not consider.
-    p = [[0.70, 0.28, 0.01, 0.01], [0.70, 0.28, 0.01, 0.01], [0.9985, 9e-4, 5e-4, 1e-4]]
-    q = [[0.70, 0.28, 0.01, 0.01], [0.15, 0.83, 0.01, 0.01], [0.29, 0.005, 0.005, 0.7]]
-    scores = [plain_scores(p[t], q[t], 2) for t in range(3)]
-    H, D, C = [list(column) for column in zip(*scores)]
-    assert D == pytest.approx([0, 0.685, 5.88], abs=1e-2)  # alone it picks the third
-    assert C == pytest.approx([0.98, 0.98, 0.295])
-
-    d = normalized(D, D)  # the 5 % quantile becomes 0, the 95 % quantile 1
-    c = normalized(C, C)
-    assert d == pytest.approx([0, 0.116, 1], abs=1e-3)
-    assert c == pytest.approx([1, 1, 0])
-    ranks = [d[t] * c[t] for t in range(3)]
-    assert keep_best(ranks, rows=[0, 0, 0], budget=1 / 3) == {1}
-
-
-def log_probabilities(model, context, temperature, end_ids):
-    """Of the token after `context`. All ends of a response are one: the last entry."""
-    logits = model(torch.tensor([context])).logits[0, -1] / temperature
-    logp = logits.log_softmax(-1)
-    others = [v for v in range(len(logp)) if v not in end_ids]
-    end = logp[end_ids].exp().sum().log()
-    return torch.cat([logp[others], end[None]])
 
 
 def plain_step(
     student, teacher, prompts, responses, temperature, k, budget, end_ids
 ):  # -> what the log must say, gradient
-    """One step of teachability OPD, up to the gradient, as plainly as it can be said.
+    """A step of teachability OPD from the responses to the gradient, said plainly.
 
     prompts, responses: lists of token ids. The student has sampled the responses.
     `test_two_whole_steps_are_those_of_a_plain_reimplementation` compares the program.
@@ -203,6 +109,106 @@ def plain_step(
         "valid": N,
     }
     return expected, gradient
+
+
+def log_probabilities(model, context, temperature, end_ids):
+    """Of the token after `context`. All ends of a response are one: the last entry."""
+    logits = model(torch.tensor([context])).logits[0, -1] / temperature
+    logp = logits.log_softmax(-1)
+    others = [v for v in range(len(logp)) if v not in end_ids]
+    end = logp[end_ids].exp().sum().log()
+    return torch.cat([logp[others], end[None]])
+
+
+def plain_scores(p, q, k):  # two distributions -> H, D, C of one position
+    student_top = top(p, k)
+    union = student_top | top(q, k)
+    H = -sum(x * math.log(x) for x in p)
+    D = kl(restricted(q, union), restricted(p, union))
+    C = sum(q[v] for v in student_top)
+    return H, D, C
+
+
+def kl(p, q):
+    return sum(x * math.log(x / y) for x, y in zip(p, q))
+
+
+def top(probabilities, k):
+    return set(sorted(range(len(probabilities)), key=lambda v: -probabilities[v])[:k])
+
+
+def restricted(probabilities, union):
+    inside = [probabilities[v] for v in union]
+    return [x / sum(inside) for x in inside]
+
+
+def normalized(values, valid):
+    low = quantile(valid, 0.05)
+    high = quantile(valid, 0.95)
+    return [min(max((z - low) / (high - low), 0.0), 1.0) for z in values]
+
+
+def quantile(values, share):
+    values = sorted(values)
+    at = share * (len(values) - 1)
+    below = int(at)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (values[above] - values[below]) * (at - below)
+
+
+def keep_best(ranks, rows, budget):  # a number and a row for each position -> set
+    """The positions to keep: the best of all, and the best of each row without one."""
+    best_first = sorted(range(len(ranks)), key=lambda i: -ranks[i])  # ties: the earlier
+    number = math.ceil(budget * len(ranks) - 1e-9)  # 0.07 * 100 > 7 in floats
+    kept = set(best_first[:number])
+    for row in set(rows):
+        own = [i for i in best_first if rows[i] == row]
+        if not kept & set(own):
+            kept.add(own[0])
+    return kept
+
+
+def test_of_three_tokens_the_one_that_can_be_learned_is_kept():
+    # Three positions, in a vocabulary of four, at K = 2. The student expects p, its
+    # teacher q. First they agree. Then the teacher wants the student's second choice,
+    # which can be learned. Then it wants a token that the student does not consider.
+    p = [[0.70, 0.28, 0.01, 0.01], [0.70, 0.28, 0.01, 0.01], [0.9985, 9e-4, 5e-4, 1e-4]]
+    q = [[0.70, 0.28, 0.01, 0.01], [0.15, 0.83, 0.01, 0.01], [0.29, 0.005, 0.005, 0.7]]
+    scores = [plain_scores(p[t], q[t], 2) for t in range(3)]
+    H, D, C = [list(column) for column in zip(*scores)]
+    assert D == pytest.approx([0, 0.685, 5.88], abs=1e-2)  # alone it picks the third
+    assert C == pytest.approx([0.98, 0.98, 0.295])
+
+    d = normalized(D, D)  # the 5 % quantile becomes 0, the 95 % quantile 1
+    c = normalized(C, C)
+    assert d == pytest.approx([0, 0.116, 1], abs=1e-3)
+    assert c == pytest.approx([1, 1, 0])
+    ranks = [d[t] * c[t] for t in range(3)]
+    assert keep_best(ranks, rows=[0, 0, 0], budget=1 / 3) == {1}
+
+
+# ======================================================================================
+# Grading: a function that is not written yet fails with one line
+# ======================================================================================
+
+
+def graded(function):
+    """The same function; while it is not written yet, a test fails with one line."""
+
+    def call(*arguments, **more):
+        try:
+            return function(*arguments, **more)
+        except NotImplementedError as error:
+            message = str(error)
+        pytest.fail(message, pytrace=False)
+
+    return call
+
+
+if "OPD" in os.environ:
+    for name, value in list(vars(opd).items()):
+        if inspect.isfunction(value) and value.__module__ == opd.__name__:
+            setattr(opd, name, graded(value))
 
 
 # ======================================================================================
@@ -588,21 +594,6 @@ def test_rank_knows_all_methods_and_names_them_where_it_refuses():
     assert opd.rank("full", scores, mask).abs().max() == 0
     with pytest.raises(ValueError, match="nonsense.*teachability"):
         opd.rank("nonsense", scores, mask)
-
-
-def test_rank_needs_only_the_scores_of_its_method():
-    scores, mask = grids()
-    for names, methods in (
-        ([], ["full"]),
-        (["entropy"], ["entropy"]),
-        (["divergence"], ["divergence"]),
-        (["compatibility"], ["compatibility"]),
-        (["divergence", "compatibility"], ["teachability", "incompatible"]),
-    ):
-        few = {name: scores[name] for name in names}
-        for method in methods:
-            whole = opd.rank(method, scores, mask)
-            assert torch.equal(opd.rank(method, few, mask), whole)
 
 
 def test_no_gradient_goes_through_a_rank():
@@ -1265,13 +1256,13 @@ def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [
 
 
 def scores_of(pair, batch, k, size, *measure_fn):  # opd.score, after both passes
-    student_hidden = opd.all_hidden_states(pair.student, batch, size)
-    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+    student_hidden = opd.batch_hidden_states(pair.student, batch, size)
+    teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
     return opd.score(pair, batch, student_hidden, teacher_hidden, k, *measure_fn)
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
-    teacher_hidden = opd.all_hidden_states(pair.teacher, batch, size)
+    teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
     return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
@@ -1969,7 +1960,7 @@ def test_an_update_with_no_position_kept_is_refused(store):
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6, 1), (2, 3)])
 def test_ranks_of_another_shape_than_the_mask_are_refused_by_select(shape):
-    with pytest.raises(ValueError, match=r"must be \[B, R\]"):
+    with pytest.raises(ValueError, match=r"must both be \[B, R\].*got \[.*\[1, 6\]"):
         opd.select(torch.rand(shape), torch.ones(1, 6) > 0, 0.5)
 
 
