@@ -385,6 +385,9 @@ def train_step(
     }
 
 
+# -- what a step works with ----------------------------------------------------------
+
+
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
 
@@ -408,6 +411,9 @@ class Rollout(NamedTuple):
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
+
+
+# -- rollout -------------------------------------------------------------------------
 
 
 PADDING = 0  # any token id will do: nothing valid looks there
@@ -479,6 +485,9 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     """
     ends_before = is_end.cumsum(-1) - is_end.long()
     return ends_before == 0
+
+
+# -- score ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -580,6 +589,9 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
     return merged
 
 
+# -- update --------------------------------------------------------------------------
+
+
 def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
@@ -647,6 +659,9 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
             preserve_rng_state=False,  # nothing in it is random
         )
     return total
+
+
+# -- the log line --------------------------------------------------------------------
 
 
 def summarize(scores, batch, keep):  # -> {name: number}, for the log
