@@ -139,7 +139,9 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
 
 
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
-    """clip((z - Q05) / (Q95 - Q05), 0, 1), with quantiles over all valid positions.
+    """Each value z becomes clip((z - Q05) / (Q95 - Q05), 0, 1).
+
+    Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
 
     Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12. No gradient goes
     through it. ValueError for a mask that is not bool.
@@ -159,57 +161,47 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     return torch.where(mask, scaled.clamp(0, 1), 0.0)
 
 
-METHODS = (
-    "full",  # plain on-policy distillation: every position is kept
-    "teachability",  # the method of the paper
-    "teachability_entropy",  # its variant
-    "entropy",
-    "divergence",
-    "tip",  # of another paper, arXiv 2604.14084
-    "compatibility",
-    "incompatible",
-    "random",
-)
-
-
 def soft_or(a, b):  # in [0, 1] each
-    """a + b - a * b: large where one of the two is."""
-    # The same, but exactly 1 where a or b is. The form above may miss 1 by a rounding
-    # error, which would then decide between positions that tie.
+    """1 - (1 - a) (1 - b) = a + b - a b: large where one of the two is."""
+    # The second form may miss 1 by a rounding error where a or b is 1. This error would
+    # then decide between positions that tie.
     return 1 - (1 - a) * (1 - b)
+
+
+# What each method ranks by. From H, D and C, rescaled to [0, 1] over the batch.
+FORMULAS = {
+    # The method of the paper. Disagreement d has two parts that add up to it: d * c is
+    # learnable, as the teacher reweights tokens that the student considers.
+    "teachability": lambda h, d, c: d * c,
+    "teachability_entropy": lambda h, d, c: soft_or(h, d * c),  # the paper's variant
+    "entropy": lambda h, d, c: h,
+    "divergence": lambda h, d, c: d,
+    "tip": lambda h, d, c: soft_or(h, d),  # of another paper, arXiv 2604.14084
+    "compatibility": lambda h, d, c: c,
+    # The other part of d: the teacher wants tokens that the student does not consider.
+    "incompatible": lambda h, d, c: d * (1 - c),
+}
+METHODS = ("full", *FORMULAS, "random")  # full: all are kept
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility". "random" draws
-    from `generator`, on the CPU. ValueError for an unknown method.
+    `scores` holds the raw "entropy", "divergence" and "compatibility", as `measure`
+    returns them. "random" draws from `generator`, on the CPU. ValueError for an unknown
+    method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if method == "full":
+        return torch.zeros(mask.shape, device=mask.device)
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
 
-    # H, D and C, rescaled to [0, 1] over the batch.
     h = robust_normalize(scores["entropy"], mask)
     d = robust_normalize(scores["divergence"], mask)
     c = robust_normalize(scores["compatibility"], mask)
-
-    # The idea of the paper: disagreement has two parts, which add up to d.
-    learnable = d * c  # the teacher reweights tokens that the student considers
-    incompatible = d * (1 - c)  # it wants other tokens
-
-    formulas = {
-        "full": torch.zeros_like(d),  # all are kept, in whatever order
-        "teachability": learnable,
-        "teachability_entropy": soft_or(h, learnable),
-        "entropy": h,
-        "divergence": d,
-        "tip": soft_or(h, d),
-        "compatibility": c,
-        "incompatible": incompatible,
-    }
-    return formulas[method]
+    return FORMULAS[method](h, d, c)
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -331,15 +323,46 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
 # `train_step` takes the same five steps for a batch, and the functions that it calls
 # follow in its order. They are longer than the lines above for two reasons.
 #
-# * Memory. Logits are huge, V numbers for each position; the hidden states that a
-#   model's last layer gives are small. So the layers run first, for some responses at a
-#   time (a micro-batch). Then the output head makes logits from hidden states, for a
-#   chunk of positions at a time, and these are used and forgotten. For the update the
-#   student's layers run again, with a gradient, and only kept positions get logits.
-# * Checkpoints differ. They end a response with different tokens (`merge_ends`), one
-#   has more outputs than the other, and some bring settings for sampling along.
+# Memory. Logits are huge, V numbers for each position. The hidden states that a model's
+# last layer gives are small, and its output head makes logits from them. So the layers
+# run for a micro-batch of responses at a time, and the head for a chunk of positions at
+# a time, whose logits are used and forgotten. Four passes make a step:
+#
+#   pass             gradient   layers           logits
+#   student writes   no         whole batch      of the newest token
+#   student reads    no         micro-batches    of all positions, in chunks
+#   teacher reads    no         micro-batches    of all positions, in chunks
+#   student learns   yes        micro-batches    of the kept positions, in chunks
+#
+# Checkpoints differ. They end a response with different tokens (`merge_ends`), one has
+# more outputs than the other, and some bring settings for sampling along.
 #
 # More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
+
+
+class Pair(NamedTuple):
+    """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
+
+    `end_ids` are all tokens that end a response, of either model. They are one event,
+    written as the first of them: see `merge_ends`.
+    """
+
+    student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
+    teacher: torch.nn.Module  # frozen; bf16 on a GPU
+    tokenizer: transformers.PreTrainedTokenizerBase
+    end_ids: list  # token ids, in order: both models know the first
+    vocab_size: int  # V, the ids that both models predict
+    temperature: float  # one for sampling, scoring and loss
+
+
+class Rollout(NamedTuple):
+    """A batch of sampled responses, with padding before prompts and after ends."""
+
+    ids: torch.Tensor  # [B, P + R] prompt and response
+    attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
+    responses: torch.Tensor  # [B, R] the sampled token ids
+    mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
+    truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
 def train_step(
@@ -368,13 +391,14 @@ def train_step(
         ranks = rank(args.select, scores, batch.mask, generator)
     else:
         ranks = rule(scores, batch.mask)
-    check_ranks(scores, ranks, batch.mask, args.select, rule)
+    check_ranks(scores, ranks, batch.mask, args.select, rule)  # see part 4
 
     # 4. Select.
     keep_all = rule is None and args.select == "full"
     keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
 
-    # 5. Update: the student reads once more, now with a gradient.
+    # 5. Update: the student reads once more, now with a gradient. (The teacher has none,
+    #    so what its layers gave is used again.)
     loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
 
     return {
@@ -385,38 +409,10 @@ def train_step(
     }
 
 
-# -- what a step works with ----------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
-
-    `end_ids` are all tokens that end a response, of either model. They are one event,
-    written as the first of them: see `merge_ends`.
-    """
-
-    student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
-    teacher: torch.nn.Module  # frozen; bf16 on a GPU
-    tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # both models know the first
-    vocab_size: int  # V, the ids that both models predict
-    temperature: float  # one for sampling, scoring and loss
-
-
-class Rollout(NamedTuple):
-    """A batch of sampled responses, with padding before prompts and after ends."""
-
-    ids: torch.Tensor  # [B, P + R] prompt and response
-    attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
-    responses: torch.Tensor  # [B, R] the sampled token ids
-    mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
-    truncated: torch.Tensor  # [B] bool, the length limit came before an end
-
-
 # -- rollout -------------------------------------------------------------------------
 
 
-PADDING = 0  # any token id will do: nothing valid looks there
+PADDING = 0  # any token id will do, an end's, too: nothing valid looks there
 
 
 @torch.no_grad()
@@ -529,36 +525,36 @@ def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
     The hidden states [B, R, E] are what `batch_hidden_states` returns for either model;
     `k` is handed on to measure_fn.
     """
-    # mask picks the N valid positions, row by row; each chunk has n of them.
-    at_once = chunk_size(pair)
-    student_chunks = student_hidden[batch.mask].split(at_once)
-    teacher_chunks = teacher_hidden[batch.mask].split(at_once)
-    token_chunks = batch.responses[batch.mask].split(at_once)
+    # Flatten: the N valid positions, row by row.
+    student_hidden = student_hidden[batch.mask]  # [N, E]
+    teacher_hidden = teacher_hidden[batch.mask]
+    tokens = batch.responses[batch.mask]  # [N]
 
+    # Measure, chunk by chunk.
     found = defaultdict(list)
-    for student_chunk, teacher_chunk, tokens in zip(
-        student_chunks, teacher_chunks, token_chunks
-    ):
-        student_logits = next_token_logits(pair, pair.student, student_chunk)
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        measured = measure_fn(student_logits, teacher_logits, tokens, k)
+    for chunk in chunks(pair, len(tokens)):
+        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
+        measured = measure_fn(student_logits, teacher_logits, tokens[chunk], k)
         for name, values in measured.items():
             found[name].append(values)
 
+    # Back to their places, [N] -> [B, R]. (diagnose.py has five numbers in one: [N, 5].)
     scores = {}
-    for name, chunks in found.items():
-        values = torch.cat(chunks)
-        # [N] becomes [B, R]. (diagnose.py measures five numbers in one: [N, 5].)
+    for name, parts in found.items():
+        values = torch.cat(parts)
         scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
-        scores[name][batch.mask] = values  # back to their places: the same order
+        scores[name][batch.mask] = values
     return scores
 
 
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
-def chunk_size(pair):  # -> how many positions have logits at once
-    return max(1, LOGITS_AT_ONCE // pair.vocab_size)
+def chunks(pair, number):  # -> slices, of a chunk of the positions each
+    at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
+    starts = range(0, max(1, number), at_once)  # of no positions, one empty chunk
+    return [slice(start, start + at_once) for start in starts]
 
 
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
@@ -629,34 +625,23 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 
 
 def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n].
+    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
 
-    Chunk by chunk, to save memory.
-    """
-
-    def loss_of(student_chunk, teacher_chunk, token_chunk):
-        student_logits = next_token_logits(pair, pair.student, student_chunk)
+    def loss_of(chunk):
+        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
         with torch.no_grad():
-            teacher_logits = next_token_logits(pair, pair.teacher, teacher_chunk)
-        return token_loss(loss_name, student_logits, teacher_logits, token_chunk).sum()
+            teacher_logits = next_token_logits(
+                pair, pair.teacher, teacher_hidden[chunk]
+            )
+        losses = token_loss(loss_name, student_logits, teacher_logits, tokens[chunk])
+        return losses.sum()
 
-    at_once = chunk_size(pair)
     total = 0.0
-    # Of no positions at all, split makes one empty chunk, so that the sum is a tensor.
-    for student_chunk, teacher_chunk, token_chunk in zip(
-        student_hidden.split(at_once),
-        teacher_hidden.split(at_once),
-        tokens.split(at_once),
-    ):
-        # checkpoint(loss_of, ...) is loss_of(...), but it forgets the logits, and makes
-        # them again when the gradient needs them.
+    for chunk in chunks(pair, len(tokens)):
+        # checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the logits, and
+        # makes them again when the gradient needs them. (Nothing in it is random.)
         total = total + checkpoint(
-            loss_of,
-            student_chunk,
-            teacher_chunk,
-            token_chunk,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in it is random
+            loss_of, chunk, use_reentrant=False, preserve_rng_state=False
         )
     return total
 
@@ -708,6 +693,8 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "log.jsonl").exists():
+        raise InputError(f"{out} has the log of another run; name a new folder")
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
@@ -927,13 +914,20 @@ def check_ranks(scores, ranks, mask, select, rule):
             raise ValueError(
                 f"measure_fn returned no {name}: let it call opd.measure, and add to it"
             )
+    for name, values in scores.items():
+        if values.shape != mask.shape:
+            raise ValueError(
+                f"measure_fn must return one number for each position; {name} has "
+                f"more: {tuple(values.shape)} in place of {tuple(mask.shape)}"
+            )
     name = select
     if rule is not None:
         name = getattr(rule, "__name__", "rule")
-        if ranks.shape != mask.shape:
+        if not torch.is_tensor(ranks) or ranks.shape != mask.shape:
+            found = tuple(ranks.shape) if torch.is_tensor(ranks) else type(ranks)
             raise ValueError(
-                f"{name} must return a number for each position, {tuple(mask.shape)}; "
-                f"it returned {tuple(ranks.shape)}"
+                f"{name} must return a number for each position, a tensor "
+                f"{tuple(mask.shape)}; it returned {found}"
             )
         if ranks[mask].isnan().any():
             raise ValueError(f"{name} must return numbers, and returned nan")
@@ -1677,6 +1671,10 @@ def main(args, rule=None, measure_fn=measure):
     """Evaluate, train, save, evaluate. For `rule` and `measure_fn` see `train_step`."""
     started = time.time()
     if rule is not None:
+        if args.select == "full":
+            raise InputError(
+                "--select full keeps all: leave it out, with your own rule"
+            )
         args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
         if args.select in METHODS:
             raise InputError(f"there is a rule {args.select} already: rename yours")

@@ -364,19 +364,25 @@ def test_mathematics_extreme_logits_give_finite_values_and_gradients(name):
     check(name, loss, [160.0], tolerance=1e-3)
 
 
-@pytest.mark.parametrize("name", ["entropy", "reverse_kl", "forward_kl"])
-def test_mathematics_bf16_logits_are_cast_before_the_softmax(name):
+def check_bf16(name, exact, pair=True):
     # In bf16 itself the KL of two close distributions is off by ten times.
     s = logits(50, 200).bfloat16()
     t = (s.float() + 0.05 * logits(50, 200, seed=1)).bfloat16()
-    inputs = (s,) if name == "entropy" else (s, t)
-    exact = {
-        "entropy": lambda p: -sum(x * math.log(x) for x in p),
-        "reverse_kl": kl,
-        "forward_kl": lambda p, q: kl(q, p),
-    }
+    inputs = (s, t) if pair else (s,)
     found = getattr(opd, name)(*inputs)
-    check(name, found, loop(exact[name], *inputs), BF16_HINT)
+    check(name, found, loop(exact, *inputs), BF16_HINT)
+
+
+def test_mathematics_entropy_casts_bf16_logits_before_the_softmax():
+    check_bf16("entropy", lambda p: -sum(x * math.log(x) for x in p), pair=False)
+
+
+def test_mathematics_reverse_kl_casts_bf16_logits_before_the_softmax():
+    check_bf16("reverse_kl", kl)
+
+
+def test_mathematics_forward_kl_casts_bf16_logits_before_the_softmax():
+    check_bf16("forward_kl", lambda p, q: kl(q, p))
 
 
 # ---- divergence
@@ -1951,6 +1957,33 @@ def test_measuring_less_than_measure_is_refused_before_the_first_update(
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
+def test_a_measure_of_several_numbers_is_refused(run):
+    def measure_too_much(student_logits, teacher_logits, tokens, k):
+        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+        return {**scores, "probabilities": student_logits.softmax(-1)}
+
+    with pytest.raises(ValueError, match="probabilities has more"):
+        run("out", measure_fn=measure_too_much)
+
+
+def test_a_rule_of_your_own_is_refused_where_all_is_kept(run):
+    def my_rule(scores, mask):
+        return torch.rand(mask.shape)
+
+    with pytest.raises(ValueError, match="--select full keeps all"):
+        run("out", "--select", "full", rule=my_rule)
+
+
+def test_no_training_adds_to_the_log_of_another(store, tmp_path):
+    args = opd.parse_args(flags(store, tmp_path / "out", "--steps", 1))
+    pair, training, _ = opd.prepare(args)
+    opd.train(pair, training, args, tmp_path / "out")
+    log = (tmp_path / "out" / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="the log of another run"):
+        opd.train(pair, training, args, tmp_path / "out")
+    assert (tmp_path / "out" / "log.jsonl").read_text() == log
+
+
 def test_an_update_with_no_position_kept_is_refused(store):
     pair = load(store)
     batch = draw(pair)
@@ -1964,11 +1997,13 @@ def test_ranks_of_another_shape_than_the_mask_are_refused_by_select(shape):
         opd.select(torch.rand(shape), torch.ones(1, 6) > 0, 0.5)
 
 
-@pytest.mark.parametrize("wrong", ["nan", "shape"])
+@pytest.mark.parametrize("wrong", ["nan", "shape", "numpy"])
 def test_a_rule_that_gives_no_number_for_a_position_is_refused(run, wrong):
     def my_rule(scores, mask):
         if wrong == "nan":
             return scores["entropy"] / 0 * 0
+        if wrong == "numpy":
+            return scores["entropy"].numpy()
         return scores["entropy"][:, 1:]
 
     with pytest.raises(ValueError, match="^my_rule (must|ranks).* returned"):
