@@ -17,10 +17,16 @@ The last is called the gain of a position. It is measured in three ways:
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
 
 The report asks what predicts the gain: which of the quantities that are known before
-training. These are the entropy, D and C of opd.py, rescaled to [0, 1], and the two
-parts of the disagreement, D * C (learnable) and D * (1 - C) (incompatible). The paper's
-hypothesis is that the first part is learned, and the second is not. What came out in
-the demo is in the README, section 6 and finding 5.
+training. These are the entropy, D and C of opd.py, rescaled to [0, 1] over all
+positions, and the two parts of the disagreement, D * C (learnable) and D * (1 - C)
+(incompatible). The paper's hypothesis is that the first part is learned, and the second
+is not. The two tables to look at first:
+
+  gain_of_kept  How much do the positions gain that each selection method would keep?
+  explain       How much more gain goes with more of the learnable part, all else equal,
+                and with more of the incompatible part?
+
+What came out in the demo is in the README, section 6 and finding 5.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. K,
 of D and C, is 16, and for comparison 8 and 32.
@@ -214,9 +220,10 @@ def bootstrap(table_of, context, draws, seed):
     middle 95 % of the results are the interval. (Drawing single positions would make it
     too narrow, since those of one response resemble each other.)
 
-    table_of(positions) -> {row: {column: number}}, where `positions` are the indices
-    of those to use. context [N] says to which context a position belongs. Returns
-    {row: {column: {"value", "low", "high"}}}. InputError if a number is nan.
+    table_of(positions) -> {row: {column: number}} makes the table from the positions
+    with these indices, as {"all": {"mean gain": gain[positions].mean()}}. context [N]
+    says to which context a position belongs. Returns {row: {column: {"value", "low",
+    "high"}}}. InputError if a number is nan.
     """
     all_positions = np.arange(len(context))
     table = table_of(all_positions)
@@ -256,7 +263,7 @@ def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
     """
     means = {}
     for label, member in groups.items():
-        own = positions[member[positions]]
+        own = positions[member[positions]]  # as often as they were drawn
         means[label] = {}
         for name, values in outcomes.items():
             means[label][name] = values[own].mean() if len(own) else np.nan
@@ -266,15 +273,16 @@ def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
 def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
     """outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
     X = np.column_stack([np.ones(len(outcome)), *regressors.values()])
-    # The normal equations, X'X b = X'y, are small and quickly solved. By lstsq, since
-    # `solve` would fail if a regressor happens to be constant in a draw.
+    # The normal equations, X'X b = X'y. They are solved thousands of times, and this is
+    # ten times faster than lstsq(X, outcome). (Not by `solve`, which fails if a
+    # regressor happens to be constant in a draw.)
     b = np.linalg.lstsq(X.T @ X, X.T @ outcome, rcond=None)[0]
     return dict(zip(regressors, b[1:]))  # without the intercept
 
 
 def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
     """How much of the outcome's variance do the regressors explain?"""
-    fitted = 0.0  # but for the intercept, which has no variance
+    fitted = 0.0  # without the intercept, which does not change its variance
     for name, slope in least_squares(regressors, outcome).items():
         fitted = fitted + slope * regressors[name]
     return fitted.var() / max(outcome.var(), 1e-12)
@@ -321,7 +329,8 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
 
 # ======================================================================================
 # 3. Analysis. Each function makes the rows of one table, {row: {column: cell}}. A cell
-#    is a number with its interval, a number or a text.
+#    is a number with its interval, a number or a text. Before the function stands what
+#    the report says on how to read its table.
 #
 #    Here `before` and `after` are what `measure_contexts` returned, {name: [N]}, with D
 #    and C of one K (`at_k`), and `gains` is {measure: [N]}.
@@ -379,6 +388,12 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
+KEPT = (
+    "Of all contexts together, equally many for each method; full keeps all. Of equal "
+    "ranks the earlier are kept: the top 5 % of entropy, D or C are all 1."
+)
+
+
 def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
     kept = {}
@@ -389,6 +404,9 @@ def gain_of_kept(before, gains, budget, args):  # -> rows
         return group_means(gains, kept, positions)
 
     return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
+
+
+TOKENS = "Its most frequent tokens, and their share."
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -404,8 +422,8 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 
 
 # What the gain is predicted from: the two parts of D, which are in question, and three
-# controls. (An unsure student, say, may gain more whatever the teacher wants, and the
-# two parts must not get the credit for that.)
+# controls, as in the paper. (An unsure student, say, or an early position may gain more
+# whatever the teacher wants, and the two parts must not get the credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
 # The paper's baseline: D as a whole, also in product with the entropy. If that explains
 # as much, the split is worth nothing.
@@ -413,7 +431,7 @@ UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
 def standardize(features, names):  # -> {name: [N]}
-    """The named features, z-scored, so that their slopes can be compared.
+    """The named features, z-scored over all positions, so that their slopes compare.
 
     InputError for a feature that is the same everywhere: it has no slope.
     """
@@ -426,6 +444,14 @@ def standardize(features, names):  # -> {name: [N]}
             )
         regressors[name] = zscore(features[name])
     return regressors
+
+
+EXPLAIN = (
+    "Slopes: by how many standard deviations the gain rises with one more of a part of "
+    "D, all else equal. gap = learnable - incompatible: above 0, learnable "
+    "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: the "
+    "share of the gain that is explained, with D in two parts and unsplit."
+)
 
 
 def explain(before, gains, args):  # -> rows
@@ -462,10 +488,19 @@ def explain(before, gains, args):  # -> rows
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Entropy at most, and D at least, its median: the paper's third quadrant, Q3."""
+    """Entropy at most, and D at least, its median. (Entropy and D, each split at its
+    median, make four quadrants; the paper numbers this one Q3.)
+    """
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
     return sure & in_disagreement
+
+
+THIRDS = (
+    "Mean gain of the positions with entropy at most, and D at least, its median, in "
+    "three equal groups, from the lowest C to the highest. If the last row is above 0, "
+    "more is gained where the teacher's advice is more compatible."
+)
 
 
 def compare_thirds(before, gains, args):  # -> rows
@@ -485,6 +520,9 @@ def compare_thirds(before, gains, args):  # -> rows
     return bootstrap(means_and_difference, before["context"], args.bootstrap, args.seed)
 
 
+QUARTERS = "Mean gain, from the quarter with the least of it to that with the most."
+
+
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
@@ -495,6 +533,13 @@ def compare_quarters(before, gains, part, args):  # -> rows
         return group_means(gains, quarters, positions)
 
     return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
+
+
+LEAK = (
+    "C before: as in the other tables. C after is a leak: by then, what was learned "
+    "stands in the trained student's top K, so C knows what it is asked to predict. "
+    "Only C before can choose positions. most - least: as in Q3 above."
+)
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -519,8 +564,11 @@ def leak(before, after, gains, args):  # -> rows
     return rows
 
 
+RANKS = "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated."
+
+
 def rank_correlations(before, gains, args):  # -> rows
-    """What orders the positions as their gains do? Ranks are those of the sample."""
+    """What orders the positions as their gains do? Ranked once, before the draws."""
     features = make_features(before)
     feature_ranks = {}
     for name in ("D", "learnable", "incompatible", "entropy", "tip"):
@@ -543,31 +591,6 @@ def rank_correlations(before, gains, args):  # -> rows
 # ======================================================================================
 # 4. The report: the same tables for the terminal, the files and the page
 # ======================================================================================
-
-# How to read the tables.
-KEPT = (
-    "Of all contexts together, equally many for each method; full keeps all. Of equal "
-    "ranks the earlier are kept: the top 5 % of entropy, D or C are all 1."
-)
-EXPLAIN = (
-    "Slopes: by how many standard deviations the gain rises with one more of a part of "
-    "D, all else equal. gap = learnable - incompatible: above 0, learnable "
-    "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: the "
-    "share of the gain that is explained, with D in two parts and unsplit."
-)
-THIRDS = (
-    "Mean gain of the positions with entropy at most, and D at least, its median, in "
-    "three equal groups, from the lowest C to the highest. If the last row is above 0, "
-    "more is gained where the teacher's advice is more compatible."
-)
-LEAK = (
-    "C before: as in the other tables. C after is a leak: by then, what was learned "
-    "stands in the trained student's top K, so C knows what it is asked to predict. "
-    "Only C before can choose positions. most - least: as in Q3 above."
-)
-RANKS = "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated."
-TOKENS = "Its most frequent tokens, and their share."
-QUARTERS = "Mean gain, from the quarter with the least of it to that with the most."
 
 
 def make_table(title, reading, rows, printed=False):
@@ -877,7 +900,7 @@ def token_map(prompts, before, gains, decode):  # -> HTML
     for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
         spans = [f'<span class="faint">{visible(decode(prompt))}</span>']
         for i in np.flatnonzero(before["context"] == number):
-            # The root, so that weak colours can be seen beside strong ones.
+            # The square root, so that weak colours can be seen beside strong ones.
             span = token_span(
                 decode(before["token"][i].item()),
                 features["learnable"][i] ** 0.5,

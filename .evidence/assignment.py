@@ -4,7 +4,7 @@ python .evidence/assignment.py > my_opd.py
 OPD=my_opd pytest -k mathematics
 
 Their signatures and docstrings stay, their bodies go. The second command runs the tests
-of these ten against my_opd.py; `-k mathematics_entropy` runs those of one.
+of these ten against my_opd.py; `-k mathematics_entropy` runs those that are named after one.
 """
 
 import ast
