@@ -145,15 +145,11 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
     parts = defaultdict(list)
     first_context = 0  # of the batch
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        size = args.micro_batch_size
-        student_hidden = opd.batch_hidden_states(pair.student, batch, size)
-        teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
-        scores = opd.score(
+        scores, _ = opd.score(
             pair,
             batch,
-            student_hidden,
-            teacher_hidden,
             k=args.ks,  # several: `measure_chunk` gets them as they are
+            micro_batch_size=args.micro_batch_size,
             measure_fn=measure_chunk,
         )
         response, progress = locate(batch.mask)

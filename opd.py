@@ -91,8 +91,9 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
     U is the union of the student's and the teacher's top K tokens. On it, p and q are
-    renormalised, so that each sums to one there. It is a forward KL, as D asks what the
-    teacher wants; the loss asks what the student says. ValueError for k < 1.
+    renormalised, so that each sums to one there. (As in the paper, whose code gets only
+    the top K from the teacher's server.) It is a forward KL, as D asks what the teacher
+    wants; the loss asks what the student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -382,16 +383,15 @@ def train_step(
 
     # 2. Score: both models read what it wrote, and are compared at every token.
     size = args.micro_batch_size
-    student_hidden = batch_hidden_states(pair.student, batch, size)  # [B, R, E]
-    teacher_hidden = batch_hidden_states(pair.teacher, batch, size)
-    scores = score(pair, batch, student_hidden, teacher_hidden, args.top_k, measure_fn)
+    scores, teacher_hidden = score(pair, batch, args.top_k, size, measure_fn)
+    check_scores(scores, batch.mask)  # see part 4, for a measure_fn of your own
 
     # 3. Rank, by the method or by a rule of your own.
     if rule is None:
         ranks = rank(args.select, scores, batch.mask, generator)
     else:
         ranks = rule(scores, batch.mask)
-    check_ranks(scores, ranks, batch.mask, args.select, rule)  # see part 4
+    check_ranks(ranks, batch.mask, args.select, rule)
 
     # 4. Select.
     keep_all = rule is None and args.select == "full"
@@ -417,9 +417,16 @@ PADDING = 0  # any token id will do, an end's, too: nothing valid looks there
 
 @torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt, from p itself: no filter."""
+    """The student samples a response to each prompt, from p itself: no filter.
+
+    ValueError for what is longer than the models take.
+    """
     ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
     prompt_length = ids.shape[1]
+    if prompt_length + max_new_tokens > length_limit(pair):
+        raise ValueError(
+            f"the models take {length_limit(pair)} tokens, with the prompt"
+        )
 
     settings = transformers.GenerationConfig(
         do_sample=True,
@@ -487,8 +494,41 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
 
 
 @torch.no_grad()
-def batch_hidden_states(model, batch, micro_batch_size):  # -> [B, R, E]
-    """`hidden_states`, below, of all responses: in micro-batches, without gradient."""
+def score(pair, batch, k, micro_batch_size, measure_fn=measure):
+    """Compare both models at every position of a `Rollout`, in micro-batches.
+
+    Returns what measure_fn measures there, {name: [B, R]}, with 0 on the padding; and
+    the teacher's hidden states [B, R, E], for `update`. `k` is handed on to measure_fn.
+    """
+    student_hidden = hidden_states_of_batch(pair.student, batch, micro_batch_size)
+    teacher_hidden = hidden_states_of_batch(pair.teacher, batch, micro_batch_size)
+
+    # Flatten: the N valid positions, row by row.
+    student_valid = student_hidden[batch.mask]  # [N, E]
+    teacher_valid = teacher_hidden[batch.mask]
+    tokens = batch.responses[batch.mask]  # [N]
+
+    # Measure, chunk by chunk.
+    found = defaultdict(list)
+    for chunk in chunks(pair, len(tokens)):
+        student_logits = next_token_logits(pair, pair.student, student_valid[chunk])
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_valid[chunk])
+        measured = measure_fn(student_logits, teacher_logits, tokens[chunk], k)
+        for name, values in measured.items():
+            found[name].append(values)
+
+    # Back to their places, [N] -> [B, R]. (diagnose.py has five numbers in one: [N, 5].)
+    scores = {}
+    for name, parts in found.items():
+        values = torch.cat(parts)
+        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
+        scores[name][batch.mask] = values
+    return scores, teacher_hidden
+
+
+@torch.no_grad()
+def hidden_states_of_batch(model, batch, micro_batch_size):  # -> [B, R, E]
+    """`hidden_states` of all B responses: in micro-batches, without gradient."""
     parts = []
     for start in range(0, len(batch.ids), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
@@ -518,42 +558,14 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
 
 
-@torch.no_grad()
-def score(pair, batch, student_hidden, teacher_hidden, k, measure_fn=measure):
-    """What measure_fn measures, at every valid position, 0 elsewhere: {name: [B, R]}.
-
-    The hidden states [B, R, E] are what `batch_hidden_states` returns for either model;
-    `k` is handed on to measure_fn.
-    """
-    # Flatten: the N valid positions, row by row.
-    student_hidden = student_hidden[batch.mask]  # [N, E]
-    teacher_hidden = teacher_hidden[batch.mask]
-    tokens = batch.responses[batch.mask]  # [N]
-
-    # Measure, chunk by chunk.
-    found = defaultdict(list)
-    for chunk in chunks(pair, len(tokens)):
-        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
-        measured = measure_fn(student_logits, teacher_logits, tokens[chunk], k)
-        for name, values in measured.items():
-            found[name].append(values)
-
-    # Back to their places, [N] -> [B, R]. (diagnose.py has five numbers in one: [N, 5].)
-    scores = {}
-    for name, parts in found.items():
-        values = torch.cat(parts)
-        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
-        scores[name][batch.mask] = values
-    return scores
-
-
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
 def chunks(pair, number):  # -> slices, of a chunk of the positions each
     at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    starts = range(0, max(1, number), at_once)  # of no positions, one empty chunk
+    # Of no positions, one empty chunk: where nothing of a micro-batch is kept, its loss
+    # is a sum of nothing, but still a tensor.
+    starts = range(0, max(1, number), at_once)
     return [slice(start, start + at_once) for start in starts]
 
 
@@ -743,25 +755,24 @@ def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token i
     return prompts
 
 
-NOT_IN_TERMINAL = (
-    "rollout_seconds",
-    "valid",
-    "kept",
-    "kept_kl_all",
-    "kept_entropy",
-    "kept_divergence",
-    "kept_compatibility",
-    "gradient_norm",
-    "lr",
+SHOWN = (  # in the terminal. The log has all, and what a measure_fn adds
+    "step",
+    "loss",
+    "kl_all",
+    "entropy",
+    "divergence",
+    "compatibility",
+    "mean_length",
+    "truncated",
+    "seconds",
 )
 
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    columns = [name for name in line if name not in NOT_IN_TERMINAL]
-    widths = {name: max(7, len(name)) for name in columns}
+    widths = {name: max(7, len(name)) for name in SHOWN}
     if not path.exists():  # this is the first row: before it, the heading
-        show("  ".join(f"{name:>{widths[name]}}" for name in columns))
+        show("  ".join(f"{name:>{widths[name]}}" for name in SHOWN))
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -769,7 +780,7 @@ def log(path, line, steps):  # {name: number}
     is_tenth = line["step"] % max(1, steps // 10) == 0
     if is_last or is_tenth:
         cells = []
-        for name in columns:
+        for name in SHOWN:
             cells.append(f"{line[name]:{widths[name]}.4g}")
         show("  ".join(cells))
 
@@ -808,20 +819,13 @@ def evaluate(pair, examples, args):  # -> {name: mean}
             if start == 0 and i == 0:
                 prompt = pair.tokenizer.decode(example["prompt"])
                 show(f"sample: {prompt!r} -> {text!r}")
-            if example["answer"] is not None:
+            if example.get("answer") is not None:
                 right.append(is_right(text, example["answer"]))
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
-        student_hidden = batch_hidden_states(pair.student, batch, args.micro_batch_size)
-        teacher_hidden = batch_hidden_states(pair.teacher, batch, args.micro_batch_size)
-        scores = score(
-            pair,
-            batch,
-            student_hidden,
-            teacher_hidden,
-            args.top_k,
-            measure_held_out,
+        scores, _ = score(
+            pair, batch, args.top_k, args.micro_batch_size, measure_held_out
         )
         for name, values in scores.items():
             measured[name].append(values[batch.mask])
@@ -904,11 +908,8 @@ def never_sampled(pair):  # -> token ids
     return [token for token in beyond if token not in pair.end_ids]
 
 
-def check_ranks(scores, ranks, mask, select, rule):
-    """ValueError unless `measure_fn` and `rule` returned what a step needs.
-
-    A warning if all positions are ranked alike.
-    """
+def check_scores(scores, mask):
+    """ValueError unless `measure_fn` returned all that `measure` does, and numbers."""
     for name in ("kl_all", "entropy", "divergence", "compatibility"):
         if name not in scores:
             raise ValueError(
@@ -920,6 +921,10 @@ def check_ranks(scores, ranks, mask, select, rule):
                 f"measure_fn must return one number for each position; {name} has "
                 f"more: {tuple(values.shape)} in place of {tuple(mask.shape)}"
             )
+
+
+def check_ranks(ranks, mask, select, rule):  # [B, R] twice, a method, None or yours
+    """ValueError unless a rule of your own ranks all positions; a warning for ties."""
     name = select
     if rule is not None:
         name = getattr(rule, "__name__", "rule")

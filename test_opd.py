@@ -1261,14 +1261,13 @@ def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [
     return torch.cat(student), torch.cat(teacher)
 
 
-def scores_of(pair, batch, k, size, *measure_fn):  # opd.score, after both passes
-    student_hidden = opd.batch_hidden_states(pair.student, batch, size)
-    teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
-    return opd.score(pair, batch, student_hidden, teacher_hidden, k, *measure_fn)
+def scores_of(pair, batch, k, size, *measure_fn):  # the scores alone
+    scores, _ = opd.score(pair, batch, k, size, *measure_fn)
+    return scores
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
-    teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, size)
+    teacher_hidden = opd.hidden_states_of_batch(pair.teacher, batch, size)
     return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
@@ -1940,9 +1939,10 @@ def test_what_you_measure_may_have_several_numbers_for_each_position(store):
     assert torch.equal(found, torch.stack([expected, 2 * expected], -1))
 
 
+@pytest.mark.parametrize("own_rule", [True, False])
 @pytest.mark.parametrize("name", ["kl_all", "entropy", "divergence", "compatibility"])
 def test_measuring_less_than_measure_is_refused_before_the_first_update(
-    run, tmp_path, name
+    run, tmp_path, name, own_rule
 ):
     def measure_too_little(student_logits, teacher_logits, tokens, k):
         scores = opd.measure(student_logits, teacher_logits, tokens, k)
@@ -1953,7 +1953,7 @@ def test_measuring_less_than_measure_is_refused_before_the_first_update(
         return torch.rand(mask.shape)
 
     with pytest.raises(ValueError, match=f"measure_fn returned no {name}"):
-        run("out", rule=my_rule, measure_fn=measure_too_little)
+        run("out", rule=my_rule if own_rule else None, measure_fn=measure_too_little)
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
@@ -1972,6 +1972,20 @@ def test_a_rule_of_your_own_is_refused_where_all_is_kept(run):
 
     with pytest.raises(ValueError, match="--select full keeps all"):
         run("out", "--select", "full", rule=my_rule)
+
+
+def test_a_rollout_longer_than_the_models_take_is_refused(store):
+    pair = load(store)
+    limit = pair.student.config.max_position_embeddings
+    opd.rollout(pair, [[5, 6]], 3)
+    with pytest.raises(ValueError, match=f"the models take {limit} tokens"):
+        opd.rollout(pair, [[5, 6]], limit - 1)
+
+
+def test_prompts_without_an_answer_are_evaluated_without_accuracy(store, tmp_path):
+    args = opd.parse_args(flags(store, tmp_path / "out"))
+    means = opd.evaluate(load(store), [{"prompt": [5, 6]}], args)
+    assert "accuracy" not in means and means["mean_length"] >= 1
 
 
 def test_no_training_adds_to_the_log_of_another(store, tmp_path):

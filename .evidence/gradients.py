@@ -29,9 +29,7 @@ def main():
     obtains = pair.tokenizer.convert_tokens_to_ids("Ġobtains")
 
     batch = opd.rollout(pair, prompts, max_new_tokens=64)
-    student_hidden = opd.batch_hidden_states(pair.student, batch, 48)
-    teacher_hidden = opd.batch_hidden_states(pair.teacher, batch, 48)
-    scores = opd.score(pair, batch, student_hidden, teacher_hidden, k=16)
+    scores, teacher_hidden = opd.score(pair, batch, k=16, micro_batch_size=48)
     student_hidden = opd.hidden_states(pair.student, batch)
     for method in ("divergence", "teachability"):
         ranks = opd.rank(method, scores, batch.mask)
