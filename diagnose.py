@@ -16,6 +16,9 @@ The last is called the gain of a position. It is measured in three ways:
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
 
+(`explain` and `leak` have a fourth, relative: the share of the forward KL that is gone,
+as in the paper's code.)
+
 The report asks what predicts the gain: which of the quantities that are known before
 training. These are the entropy, D and C of opd.py, rescaled to [0, 1] over all
 positions, and the two parts of the disagreement, D * C (learnable) and D * (1 - C)
@@ -23,8 +26,8 @@ positions, and the two parts of the disagreement, D * C (learnable) and D * (1 -
 is not. The two tables to look at first:
 
   gain_of_kept  How much do the positions gain that each selection method would keep?
-  explain       How much more gain goes with more of the learnable part, all else equal,
-                and with more of the incompatible part?
+  explain       How much more gain goes with more of the learnable part, if all else is
+                equal? And how much with more of the incompatible part?
 
 What came out in the demo is in the README, section 6 and finding 5.
 
@@ -104,7 +107,7 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 
 
 def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
-    """All that is measured at n positions, in nats but for overlap and C.
+    """All that is measured at n positions, in nats except for overlap and C.
 
     D and C for each K of `ks`. The five likeliest tokens of either model, [n, 5], are
     for the page.
@@ -211,10 +214,10 @@ def bootstrap(table_of, context, draws, seed):
     """A table of numbers, each with a 95 % interval: how much may it owe to chance?
 
     Had the student written other responses, the numbers would differ a little. To see
-    how much, contexts are drawn from those at hand, as many as there are: one may be
-    drawn twice, and another not at all. The table is made anew for each draw, and the
-    middle 95 % of the results are the interval. (Drawing single positions would make it
-    too narrow, since those of one response resemble each other.)
+    how much, as many contexts as there are, are drawn with replacement: one may come
+    twice, another not at all. The table is made again for each draw, and the middle
+    95 % of the results are the interval. (Drawing single positions would make it too
+    narrow, since those of one response resemble each other.)
 
     table_of(positions) -> {row: {column: number}} makes the table from the positions
     with these indices, as {"all": {"mean gain": gain[positions].mean()}}. context [N]

@@ -24,7 +24,7 @@ prompts and files, the demo's world, the command line.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
-Names and formulas are the paper's, but for what the README lists at its end.
+Names and formulas are the paper's, except for what the README lists at its end.
 Shapes: B responses in a batch, R positions in a response, V tokens in the vocabulary.
 A mask [B, R] is True at the valid positions; the others are padding after an end.
 
@@ -687,8 +687,8 @@ def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
 def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
     """Train the student in place, step by step; log, and save now and then.
 
-    `args` are the program's flags, see `parse_args`, but for the temperature, which is
-    the pair's. `resumed` is what `save` wrote, to go on from there. `rule` and
+    `args` are the program's flags, see `parse_args`, except for the temperature, which
+    is the pair's. `resumed` is what `save` wrote, to go on from there. `rule` and
     `measure_fn` are for `train_step`.
     """
     optimizer = torch.optim.AdamW(
@@ -898,7 +898,7 @@ def generate_with_only(settings, model, ids, attention):
 
 
 def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, but for those that end a response.
+    """The student's outputs that its teacher lacks, except those that end a response.
 
     With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
     drawn even there: `rollout` writes it down as the end that both models know.
@@ -1563,12 +1563,12 @@ def check_demo():
     for name in ("student", "teacher", "prompts.jsonl", "world"):
         if not (PAIR / name).exists():
             raise InputError(
-                f"{PAIR} has no {name}: delete the folder, to build it anew"
+                f"{PAIR} has no {name}: delete the folder, to build it again"
             )
     if (PAIR / "world").read_text() != world_mark():
         raise InputError(
             f"{PAIR} was built by another version of opd.py, so figures would differ "
-            "from the README's: delete the folder, to build it anew"
+            "from the README's: delete the folder, to build it again"
         )
 
 
@@ -1578,7 +1578,7 @@ def check_demo():
 
 
 def parse_args(argv=None, parser=None):
-    """The flags of opd.py, beside those that `parser` brings along."""
+    """The flags of opd.py, and those that `parser` brings along."""
     if parser is None:
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
