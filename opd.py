@@ -127,8 +127,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V] and tokens [...].
 
-    `tokens` are those that the student wrote there. They are not used here, but may be
-    in a function of your own that takes the place of this one (`train_step`).
+    `tokens` are those that the student wrote there: not used here, but a `measure_fn`
+    of your own (see `train_step`) may use them.
     """
     return {
         # The loss of full on-policy distillation: the curve to watch in the log.
@@ -144,8 +144,8 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
     Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
 
-    Zero at all other positions, and everywhere if Q95 - Q05 < 1e-12. No gradient goes
-    through it. ValueError for a mask that is not bool.
+    Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie. No
+    gradient goes through it. ValueError for a mask that is not bool.
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
@@ -208,7 +208,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions.
 
-    Ties go to the earlier position, row by row. Then each response of which nothing was
+    Ties go to the earlier position, row by row from the first response. Then each response of which nothing was
     kept gets its best position, which may exceed the budget. For example, with ranks
     [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
     and .7 are kept, then .3, too. ValueError for other shapes, a mask that is not bool,
@@ -275,8 +275,8 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     """The whole method, for one prompt [1, P], if memory were no matter. -> loss
 
     For reading: the program calls `train_step`, below. This leaves out what real pairs
-    of checkpoints need: padding, a temperature, ends that differ, settings for sampling
-    that a checkpoint brings along.
+    of checkpoints need: a batch with padding, a temperature, ends and numbers of outputs
+    that differ, settings for sampling that a checkpoint brings along.
     """
     student.eval()  # no dropout, in training either: p is one distribution throughout
     teacher.eval()
@@ -312,7 +312,7 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     # 4. Select.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update.
+    # 5. Update. (The scores have no gradient, so the KL is computed once more.)
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -563,10 +563,7 @@ LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 def chunks(pair, number):  # -> slices, of a chunk of the positions each
     at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    # Of no positions, one empty chunk: where nothing of a micro-batch is kept, its loss
-    # is a sum of nothing, but still a tensor.
-    starts = range(0, max(1, number), at_once)
-    return [slice(start, start + at_once) for start in starts]
+    return [slice(start, start + at_once) for start in range(0, number, at_once)]
 
 
 def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
@@ -615,6 +612,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         kept = keep[rows]
+        if not kept.any():
+            continue
         student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
         tokens_kept = batch.responses[rows][kept]  # [n]
