@@ -169,18 +169,23 @@ def soft_or(a, b):  # in [0, 1] each
     return 1 - (1 - a) * (1 - b)
 
 
-# What each method ranks by. From H, D and C, rescaled to [0, 1] over the batch.
+# What each method ranks by. z(name) is the score of this name, rescaled to [0, 1] over
+# the batch.
 FORMULAS = {
-    # The method of the paper. Disagreement d has two parts that add up to it: d * c is
-    # learnable, as the teacher reweights tokens that the student considers.
-    "teachability": lambda h, d, c: d * c,
-    "teachability_entropy": lambda h, d, c: soft_or(h, d * c),  # the paper's variant
-    "entropy": lambda h, d, c: h,
-    "divergence": lambda h, d, c: d,
-    "tip": lambda h, d, c: soft_or(h, d),  # of another paper, arXiv 2604.14084
-    "compatibility": lambda h, d, c: c,
-    # The other part of d: the teacher wants tokens that the student does not consider.
-    "incompatible": lambda h, d, c: d * (1 - c),
+    # The method of the paper: the learnable part of the disagreement, where the teacher
+    # reweights tokens that the student considers. And its variant.
+    "teachability": lambda z: z("divergence") * z("compatibility"),
+    "teachability_entropy": lambda z: soft_or(
+        z("entropy"), z("divergence") * z("compatibility")
+    ),
+    "entropy": lambda z: z("entropy"),
+    "divergence": lambda z: z("divergence"),
+    # Of another paper, arXiv 2604.14084.
+    "tip": lambda z: soft_or(z("entropy"), z("divergence")),
+    "compatibility": lambda z: z("compatibility"),
+    # The other part of the disagreement: the teacher wants tokens that the student does
+    # not consider.
+    "incompatible": lambda z: z("divergence") * (1 - z("compatibility")),
 }
 METHODS = ("full", *FORMULAS, "random")  # full: all are kept
 
@@ -188,9 +193,8 @@ METHODS = ("full", *FORMULAS, "random")  # full: all are kept
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds the raw "entropy", "divergence" and "compatibility", as `measure`
-    returns them. "random" draws from `generator`, on the CPU. ValueError for an unknown
-    method.
+    `scores` holds what `measure` returns, or at least what the formula asks for.
+    "random" draws from `generator`, on the CPU. ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
@@ -199,20 +203,20 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
 
-    h = robust_normalize(scores["entropy"], mask)
-    d = robust_normalize(scores["divergence"], mask)
-    c = robust_normalize(scores["compatibility"], mask)
-    return FORMULAS[method](h, d, c)
+    def rescaled(name):
+        return robust_normalize(scores[name], mask)
+
+    return FORMULAS[method](rescaled)
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions.
 
-    Ties go to the earlier position, row by row from the first response. Then each response of which nothing was
-    kept gets its best position, which may exceed the budget. For example, with ranks
-    [[.9, .7, .1], [.2, .3, .8]], the last position padding, and budget .4, N is 5: .9
-    and .7 are kept, then .3, too. ValueError for other shapes, a mask that is not bool,
-    or a budget outside (0, 1].
+    Ties go to the earlier position, row by row from the first response. Then each
+    response of which nothing was kept gets its best position, which may exceed the
+    budget. For example, with ranks [[.9, .7, .1], [.2, .3, .8]], the last position
+    padding, and budget .4: N is 5, .9 and .7 are kept, and then .3, too. ValueError for
+    other shapes, a mask that is not bool, or a budget outside (0, 1].
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -312,7 +316,7 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     # 4. Select.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update. (The scores have no gradient, so the KL is computed once more.)
+    # 5. Update. The scores have no gradient, so the KL is computed once more.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -351,7 +355,7 @@ class Pair(NamedTuple):
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # token ids, in order: both models know the first
+    end_ids: list  # token ids. The first is in V: both models know it
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 

@@ -602,6 +602,21 @@ def test_rank_knows_all_methods_and_names_them_where_it_refuses():
         opd.rank("nonsense", scores, mask)
 
 
+def test_rank_needs_only_the_scores_of_its_method():
+    scores, mask = grids()
+    for names, methods in (
+        ([], ["full"]),
+        (["entropy"], ["entropy"]),
+        (["divergence"], ["divergence"]),
+        (["compatibility"], ["compatibility"]),
+        (["divergence", "compatibility"], ["teachability", "incompatible"]),
+    ):
+        few = {name: scores[name] for name in names}
+        for method in methods:
+            whole = opd.rank(method, scores, mask)
+            assert torch.equal(opd.rank(method, few, mask), whole)
+
+
 def test_no_gradient_goes_through_a_rank():
     scores, mask = grids()
     expected = opd.rank("teachability", scores, mask)
