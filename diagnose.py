@@ -328,8 +328,7 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
 
 # ======================================================================================
 # 3. Analysis. Each function makes the rows of one table, {row: {column: cell}}. A cell
-#    is a number with its interval, a number or a text. Before the function stands what
-#    the report says on how to read its table.
+#    is a number with its interval, a number or a text.
 #
 #    Here `before` and `after` are what `measure_contexts` returned, {name: [N]}, with D
 #    and C of one K (`at_k`), and `gains` is {measure: [N]}.
@@ -387,12 +386,6 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
-KEPT = (
-    "Of all contexts together, equally many for each method; full keeps all. Of equal "
-    "ranks the earlier are kept: the top 5 % of entropy, D or C are all 1."
-)
-
-
 def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
     kept = {}
@@ -403,9 +396,6 @@ def gain_of_kept(before, gains, budget, args):  # -> rows
         return group_means(gains, kept, positions)
 
     return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
-
-
-TOKENS = "Its most frequent tokens, and their share."
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -443,14 +433,6 @@ def standardize(features, names):  # -> {name: [N]}
             )
         regressors[name] = zscore(features[name])
     return regressors
-
-
-EXPLAIN = (
-    "Slopes: by how many standard deviations the gain rises with one more of a part of "
-    "D, all else equal. gap = learnable - incompatible: above 0, learnable "
-    "disagreement is learned more. The paper has .086 and .043 in forward_kl. R2: the "
-    "share of the gain that is explained, with D in two parts and unsplit."
-)
 
 
 def explain(before, gains, args):  # -> rows
@@ -495,13 +477,6 @@ def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
     return sure & in_disagreement
 
 
-THIRDS = (
-    "Mean gain of the positions with entropy at most, and D at least, its median, in "
-    "three equal groups, from the lowest C to the highest. If the last row is above 0, "
-    "more is gained where the teacher's advice is more compatible."
-)
-
-
 def compare_thirds(before, gains, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
@@ -519,9 +494,6 @@ def compare_thirds(before, gains, args):  # -> rows
     return bootstrap(means_and_difference, before["context"], args.bootstrap, args.seed)
 
 
-QUARTERS = "Mean gain, from the quarter with the least of it to that with the most."
-
-
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
@@ -532,13 +504,6 @@ def compare_quarters(before, gains, part, args):  # -> rows
         return group_means(gains, quarters, positions)
 
     return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
-
-
-LEAK = (
-    "C before: as in the other tables. C after is a leak: by then, what was learned "
-    "stands in the trained student's top K, so C knows what it is asked to predict. "
-    "Only C before can choose positions. most - least: as in Q3 above."
-)
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -561,9 +526,6 @@ def leak(before, after, gains, args):  # -> rows
                 "most - least": thirds["most - least"][name],
             }
     return rows
-
-
-RANKS = "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated."
 
 
 def rank_correlations(before, gains, args):  # -> rows
@@ -613,65 +575,79 @@ def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
     tables = [
         make_table(
             f"Mean gain of the 10% that each method would keep, K={k}",
-            KEPT,
+            "Of all contexts together, equally many for each method; full keeps all. "
+            "Of equal ranks the earlier are kept: the top 5 % of entropy, D or C are "
+            "all 1.",
             gain_of_kept(before, gains, 0.1, args),
             printed=True,
         ),
         make_table(
             f"What explains the gain? K={k}",
-            EXPLAIN,
+            "Slopes: by how many standard deviations the gain rises with one more of a "
+            "part of D, all else equal. gap = learnable - incompatible: above 0, "
+            "learnable disagreement is learned more. The paper has .086 and .043 in "
+            "forward_kl. R2: the share of the gain that is explained, with D in two "
+            "parts and unsplit.",
             explain(before, gains, args),
             printed=True,
         ),
         make_table(
             f"Sure, yet in disagreement (the paper's Q3), K={k}",
-            THIRDS,
+            "Mean gain of the positions with entropy at most, and D at least, its "
+            "median, in three equal groups, from the lowest C to the highest. If the "
+            "last row is above 0, more is gained where the teacher's advice is more "
+            "compatible.",
             compare_thirds(before, gains, args),
             printed=True,
         ),
         make_table(
             f"If C were measured after training, K={k}",
-            LEAK,
+            "C before: as in the other tables. C after is a leak: by then, what was "
+            "learned stands in the trained student's top K, so C knows what it is "
+            "asked to predict. Only C before can choose positions. most - least: as in "
+            "Q3 above.",
             leak(before, after, gains, args),
             printed=True,
         ),
         make_table(
             f"Rank correlation with the gain, K={k}",
-            RANKS,
+            "Spearman's: 1 if a quantity orders positions by gain, 0 if it is "
+            "unrelated.",
             rank_correlations(before, gains, args),
         ),
     ]
     for budget in (0.03, 0.05):
-        title = f"Mean gain of the {budget:.0%} that each method would keep, K={k}"
-        rows = gain_of_kept(before, gains, budget, args)
-        tables.append(make_table(title, KEPT, rows))
-
-    title = f"What each method would keep at 10%, K={k}"
-    rows = kept_tokens(before, 0.1, args.seed, decode)
-    tables.append(make_table(title, TOKENS, rows))
-
+        table = make_table(
+            f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
+            "As above, for a smaller budget.",
+            gain_of_kept(before, gains, budget, args),
+        )
+        tables.append(table)
+    table = make_table(
+        f"What each method would keep at 10%, K={k}",
+        "Its most frequent tokens, and their share.",
+        kept_tokens(before, 0.1, args.seed, decode),
+    )
+    tables.append(table)
     for part in ("learnable", "incompatible"):
-        title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
-        rows = compare_quarters(before, gains, part, args)
-        tables.append(make_table(title, QUARTERS, rows))
+        table = make_table(
+            f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
+            "Mean gain, from the quarter with the least of it to that with the most.",
+            compare_quarters(before, gains, part, args),
+        )
+        tables.append(table)
     return tables
 
 
 def tables_at_other(k, before, after, gains, args):  # -> a list of tables
+    as_above = "As above, with another number of top tokens."
+    explained = explain(before, gains, args)
+    leaked = leak(before, after, gains, args)
+    thirds = compare_thirds(before, gains, args)
     return [
-        make_table(
-            f"What explains the gain? K={k}", EXPLAIN, explain(before, gains, args)
-        ),
-        make_table(
-            f"If C were measured after training, K={k}",
-            LEAK,
-            leak(before, after, gains, args),
-        ),
-        make_table(
-            f"Sure, yet in disagreement, K={k}",
-            THIRDS,
-            compare_thirds(before, gains, args),
-        ),
+        make_table(f"What explains the gain? K={k}", as_above, explained),
+        make_table(f"If C were measured after training, K={k}", as_above, leaked),
+        make_table(f"Sure, yet in disagreement, K={k}", as_above, thirds),
     ]
 
 
@@ -934,8 +910,8 @@ def table_html(table):  # a table of report.json -> HTML
 
 def as_page(tables, summary, responses):  # -> HTML; `responses` is the token map's
     legend = [
-        token_span("learnable", 0.9, 0, "D * C"),
-        token_span("incompatible", 0, 0.9, "D * (1 - C)"),
+        token_span("learnable", 0.9, 0, "D * C, both rescaled to [0, 1]"),
+        token_span("incompatible", 0, 0.9, "D * (1 - C), both rescaled to [0, 1]"),
         token_span("some of both", 0.4, 0.4, "the two add up to D"),
     ]
     numbers = [table_html(table) for table in tables]

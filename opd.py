@@ -279,8 +279,8 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
     """The whole method, for one prompt [1, P], if memory were no matter. -> loss
 
     For reading: the program calls `train_step`, below. This leaves out what real pairs
-    of checkpoints need: a batch with padding, a temperature, ends and numbers of outputs
-    that differ, settings for sampling that a checkpoint brings along.
+    of checkpoints need: a batch with padding, a temperature, ends and numbers of
+    outputs that differ, settings for sampling that a checkpoint brings along.
     """
     student.eval()  # no dropout, in training either: p is one distribution throughout
     teacher.eval()
@@ -376,9 +376,10 @@ def train_step(
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
     `pair` holds both models. `args` are the program's flags; max_new_tokens, top_k,
-    select, budget, loss and micro_batch_size are used. With rule(scores, mask) -> [B, R]
-    in place of `rank`, or measure_fn(...) in place of `measure`, it trains by a
-    selection rule of your own. ValueError if these return what cannot be used.
+    select, budget, loss and micro_batch_size are used. `generator` is for --select
+    random. With rule(scores, mask) -> [B, R] in place of `rank`, or measure_fn(...) in
+    place of `measure`, it trains by a selection rule of your own. ValueError if these
+    return what cannot be used.
     """
     # 1. Rollout: the student writes.
     started = time.time()
@@ -401,8 +402,8 @@ def train_step(
     keep_all = rule is None and args.select == "full"
     keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
 
-    # 5. Update: the student reads once more, now with a gradient. (The teacher has none,
-    #    so what its layers gave is used again.)
+    # 5. Update: the student reads once more, now with a gradient. The teacher has none,
+    #    so what its layers gave is used again.
     loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
 
     return {
@@ -521,7 +522,7 @@ def score(pair, batch, k, micro_batch_size, measure_fn=measure):
         for name, values in measured.items():
             found[name].append(values)
 
-    # Back to their places, [N] -> [B, R]. (diagnose.py has five numbers in one: [N, 5].)
+    # Back to their places, [N] -> [B, R]. (Or [N, 5] -> [B, R, 5], in diagnose.py.)
     scores = {}
     for name, parts in found.items():
         values = torch.cat(parts)
