@@ -4583,8 +4583,8 @@ def test_the_legend_shows_both_colours_and_their_mixture():
     orange = "--learnable:0.00;--incompatible:0.90"
     mixture = "--learnable:0.40;--incompatible:0.40"
     assert spans == [
-        (blue, "D * C"),
-        (orange, "D * (1 - C)"),
+        (blue, "D * C, both rescaled to [0, 1]"),
+        (orange, "D * (1 - C), both rescaled to [0, 1]"),
         (mixture, "the two add up to D"),
     ]
 
