@@ -759,36 +759,6 @@ def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token i
     return prompts
 
 
-SHOWN = (  # in the terminal. The log has all, and what a measure_fn adds
-    "step",
-    "loss",
-    "kl_all",
-    "entropy",
-    "divergence",
-    "compatibility",
-    "mean_length",
-    "truncated",
-    "seconds",
-)
-
-
-def log(path, line, steps):  # {name: number}
-    """Append a line to the log. About ten of all steps are printed as a row, too."""
-    widths = {name: max(7, len(name)) for name in SHOWN}
-    if not path.exists():  # this is the first row: before it, the heading
-        show("  ".join(f"{name:>{widths[name]}}" for name in SHOWN))
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-    is_last = line["step"] + 1 == steps
-    is_tenth = line["step"] % max(1, steps // 10) == 0
-    if is_last or is_tenth:
-        cells = []
-        for name in SHOWN:
-            cells.append(f"{line[name]:{widths[name]}.4g}")
-        show("  ".join(cells))
-
-
 def measure_held_out(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
     """As `measure`, for `evaluate`. It has no use for k."""
     same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
@@ -855,6 +825,9 @@ class InputError(ValueError):
     """What was given cannot be used: a flag, a file, a model. The text says why."""
 
 
+# -- what the terminal shows ---------------------------------------------------------
+
+
 def show(text):
     """Print a line. That its reader has gone, as `| head -1` does, ends no run."""
     try:
@@ -864,6 +837,36 @@ def show(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+SHOWN = (  # in the terminal. The log has all, and what a measure_fn adds
+    "step",
+    "loss",
+    "kl_all",
+    "entropy",
+    "divergence",
+    "compatibility",
+    "mean_length",
+    "truncated",
+    "seconds",
+)
+
+
+def log(path, line, steps):  # {name: number}
+    """Append a line to the log. About ten of all steps are printed as a row, too."""
+    widths = {name: max(7, len(name)) for name in SHOWN}
+    if not path.exists():  # this is the first row: before it, the heading
+        show("  ".join(f"{name:>{widths[name]}}" for name in SHOWN))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+    is_last = line["step"] + 1 == steps
+    is_tenth = line["step"] % max(1, steps // 10) == 0
+    if is_last or is_tenth:
+        cells = []
+        for name in SHOWN:
+            cells.append(f"{line[name]:{widths[name]}.4g}")
+        show("  ".join(cells))
+
+
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
@@ -871,6 +874,9 @@ def warn(message):
 def describe(error):  # in one line, with its type unless the text is our own
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+# -- the small print of a step -------------------------------------------------------
 
 
 BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
@@ -942,6 +948,9 @@ def check_ranks(ranks, mask, select, rule):  # [B, R] twice, a method, None or y
             raise ValueError(f"{name} must return numbers, and returned nan")
     if name != "full" and (ranks[mask] == ranks[mask][0]).all():
         warn(f"{name} ranks all positions alike, so the first ones are kept")
+
+
+# -- models --------------------------------------------------------------------------
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer
@@ -1130,6 +1139,9 @@ def check_vocabularies(student_tokenizer, teacher_tokenizer):
     warn(f"only added or special tokens differ: {text}; going on")
 
 
+# -- prompts and answers -------------------------------------------------------------
+
+
 def read_prompts(path, pair, max_new_tokens):
     """A JSONL file -> [{"prompt": token ids, "answer": text or None}].
 
@@ -1307,6 +1319,9 @@ def response_text(pair, batch, i):  # -> the text of response i, without its end
     if ids[-1] in pair.end_ids:
         ids = ids[:-1]
     return pair.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# -- files ---------------------------------------------------------------------------
 
 
 def save(pair, folder, state=None):
