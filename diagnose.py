@@ -584,10 +584,10 @@ def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
         make_table(
             f"What explains the gain? K={k}",
             "Slopes: by how many standard deviations the gain rises with one more of a "
-            "part of D, all else equal. gap = learnable - incompatible: above 0, "
-            "learnable disagreement is learned more. The paper has .086 and .043 in "
-            "forward_kl. R2: the share of the gain that is explained, with D in two "
-            "parts and unsplit.",
+            "part of D, the other part and three controls unchanged. gap = learnable - "
+            "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. "
+            "R2: the share of the gain that is explained, with D in two parts and "
+            "unsplit.",
             explain(before, gains, args),
             printed=True,
         ),

@@ -714,7 +714,9 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
-        generator = seed_step(args.seed, step)
+        step_seed = seed_of(args.seed, step)
+        torch.manual_seed(step_seed)  # for the rollout
+        generator = torch.Generator().manual_seed(step_seed)  # for --select random
         warm_up = min(1, (step + 1) / 10)  # over the first ten steps
         optimizer.param_groups[0]["lr"] = args.lr * warm_up
         prompts = prompts_of_step(examples, order, step, args.batch_size)
@@ -743,11 +745,9 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
             save(pair, out / f"step-{step + 1}", state)
 
 
-def seed_step(seed, step):  # -> the generator of --select random
+def seed_of(seed, step):
     """Each step has a seed of its own, so that a resumed run goes on bit for bit."""
-    step_seed = seed * 1_000_003 + step  # no two runs share one within a million steps
-    torch.manual_seed(step_seed)  # for the rollout
-    return torch.Generator().manual_seed(step_seed)
+    return seed * 1_000_003 + step  # no two runs share one within a million steps
 
 
 def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token ids
@@ -1104,6 +1104,17 @@ def join(student, teacher, tokenizer, teacher_tokenizer, temperature):  # -> Pai
     if not end_ids or end_ids[0] >= vocab_size:
         warn("no token that ends a response is known to both; all run to the limit")
         end_ids = []
+
+    # A config made by hand may have the library's default, 2, which is any token here.
+    special = set()
+    for one in (tokenizer, teacher_tokenizer):
+        special |= set(one.all_special_ids) | set(one.get_added_vocab().values())
+    for end in end_ids:
+        if end not in special and end < len(tokenizer):
+            token = tokenizer.convert_ids_to_tokens(end)
+            warn(
+                f"the ordinary token {token!r} ends a response; is eos_token_id right?"
+            )
     return Pair(student, teacher, tokenizer, end_ids, vocab_size, temperature)
 
 

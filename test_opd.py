@@ -1989,6 +1989,19 @@ def test_a_rule_of_your_own_is_refused_where_all_is_kept(run):
         run("out", "--select", "full", rule=my_rule)
 
 
+def test_an_ordinary_token_that_ends_a_response_gets_a_warning(capsys):
+    student = model_of("qwen3", seed=0)
+    teacher = model_of("qwen3", seed=1)
+    tokenizer = tokenizer_of(eos_token="<eos>")
+    opd.make_pair(student, teacher, tokenizer)
+    assert "ordinary" not in capsys.readouterr().err
+    teacher.generation_config.eos_token_id = 7  # as some config's default may be
+    pair = opd.make_pair(student, teacher, tokenizer)
+    token = tokenizer.convert_ids_to_tokens(7)
+    assert 7 in pair.end_ids
+    assert f"the ordinary token {token!r} ends" in capsys.readouterr().err
+
+
 def test_a_rollout_longer_than_the_models_take_is_refused(store):
     pair = load(store)
     limit = pair.student.config.max_position_embeddings
