@@ -107,16 +107,11 @@ class SelectiveDistillationTrainer(DistillationTrainer):
         all_tokens = batch["completion_ids"][mask]  # [N]
 
         parts = []
-        size = opd.chunk_size(pair)
-        for student, teacher, tokens in zip(
-            student_hidden.split(size),
-            teacher_hidden.split(size),
-            all_tokens.split(size),
-        ):
+        for chunk in opd.chunks(pair, len(all_tokens)):
             part = opd.measure(
-                opd.next_token_logits(pair, pair.student, student),
-                opd.next_token_logits(pair, pair.teacher, teacher),
-                tokens,
+                opd.next_token_logits(pair, pair.student, student_hidden[chunk]),
+                opd.next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
+                all_tokens[chunk],
                 self.support,
             )
             parts.append(part)
