@@ -1408,18 +1408,19 @@ def test_gradient_does_not_depend_on_the_micro_batches(store):
         assert torch.allclose(gradient(pair, batch, keep, size), whole, atol=1e-6)
 
 
-def test_chunks_change_no_score_and_no_gradient(store, monkeypatch):
+@pytest.mark.parametrize("loss", opd.LOSSES)
+def test_chunks_change_no_score_and_no_gradient(store, monkeypatch, loss):
     pair = load(store)
     batch = draw(pair)
     keep = opd.select(torch.rand(batch.mask.shape), batch.mask, 0.4)
     scores = scores_of(pair, batch, 3, 3)
-    whole = gradient(pair, batch, keep, 3)
+    whole = gradient(pair, batch, keep, 3, loss)
     for at_once in (1, V, 2 * V + 1):  # 1, 1 and 2 positions at a time
         monkeypatch.setattr(opd, "LOGITS_AT_ONCE", at_once)
         again = scores_of(pair, batch, 3, 3)
         for name in scores:
             assert torch.allclose(again[name], scores[name], atol=1e-6)
-        assert torch.allclose(gradient(pair, batch, keep, 3), whole, atol=1e-6)
+        assert torch.allclose(gradient(pair, batch, keep, 3, loss), whole, atol=1e-6)
 
 
 def test_no_more_logits_are_made_than_fit_and_none_where_nothing_is_kept(
