@@ -273,7 +273,7 @@ def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
     """outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
     X = np.column_stack([np.ones(len(outcome)), *regressors.values()])
     # The normal equations, X'X b = X'y. They are solved thousands of times, and this is
-    # ten times faster than lstsq(X, outcome). (Not by `solve`, which fails if a
+    # four times faster than lstsq(X, outcome). (Not by `solve`, which fails if a
     # regressor happens to be constant in a draw.)
     b = np.linalg.lstsq(X.T @ X, X.T @ outcome, rcond=None)[0]
     return dict(zip(regressors, b[1:]))  # without the intercept

@@ -1579,19 +1579,25 @@ def test_sampling_reaches_beyond_every_filter_of_the_checkpoint(tmp_path):
     assert (drawn > 0).sum() > 290  # about ten draws a token
 
 
+def first_of(batch):  # the first response alone
+    return batch._replace(
+        ids=batch.ids[:1],
+        attention=batch.attention[:1],
+        responses=batch.responses[:1],
+        mask=batch.mask[:1],
+    )
+
+
 def test_the_frequencies_of_many_samples_are_the_scored_probabilities(tmp_path):
     path = put(tmp_path / "model", model_of("qwen3", scale=20.0))
     pair = opd.load_pair(path, path, temperature=0.25)
     batch = draw(pair, [[5]] * 20000, 1)
     scored = logits_of(
         pair,
-        batch._replace(
-            ids=batch.ids[:1],
-            attention=batch.attention[:1],
-            responses=batch.responses[:1],
-            mask=batch.mask[:1],
-        ),
-    )[0][0].softmax(-1)
+        first_of(batch),
+    )[0][
+        0
+    ].softmax(-1)
     own, _ = own_logits(pair, [5], [6])
     assert torch.allclose(scored, torch.softmax(4 * own[0], -1), atol=1e-5)
     assert scored.max() > 0.1
@@ -1610,12 +1616,7 @@ def test_one_temperature_governs_sampling_scoring_and_loss(tmp_path):
     expected = torch.softmax(4 * own[0], -1)
     for scored in logits_of(
         pair,
-        batch._replace(
-            ids=batch.ids[:1],
-            attention=batch.attention[:1],
-            responses=batch.responses[:1],
-            mask=batch.mask[:1],
-        ),
+        first_of(batch),
     ):
         assert torch.allclose(scored[0].softmax(-1), expected, atol=1e-5)
     drawn = torch.bincount(batch.ids[:, 1], minlength=V) / 4000
