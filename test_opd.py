@@ -2018,6 +2018,22 @@ def test_prompts_without_an_answer_are_evaluated_without_accuracy(store, tmp_pat
     assert "accuracy" not in means and means["mean_length"] >= 1
 
 
+def test_each_step_of_each_seed_draws_anew(run, monkeypatch):
+    seeds = []
+    real = opd.train_step
+
+    def recorded(pair, optimizer, prompts, args, generator, *more):
+        seeds.append((torch.initial_seed(), generator.initial_seed()))
+        return real(pair, optimizer, prompts, args, generator, *more)
+
+    monkeypatch.setattr(opd, "train_step", recorded)
+    run("zero", "--steps", 3, "--seed", 0)
+    run("one", "--steps", 3, "--seed", 1)
+    assert len(set(seeds)) == len(seeds) == 6
+    for of_rollout, of_random in seeds:
+        assert of_rollout == of_random
+
+
 def test_no_training_adds_to_the_log_of_another(store, tmp_path):
     args = opd.parse_args(flags(store, tmp_path / "out", "--steps", 1))
     pair, training, _ = opd.prepare(args)
