@@ -210,45 +210,54 @@ def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
 # ======================================================================================
 
 
-def bootstrap(table_of, context, draws, seed):
-    """A table of numbers, each with a 95 % interval: how much may it owe to chance?
+# How much may a number owe to chance? Had the student written other responses, it would
+# have come out a little differently. So it is computed again and again, each time from
+# contexts that are drawn from those at hand (a bootstrap):
+#
+#   three contexts with the mean gains        .1  .2  .6    mean .30
+#   three of them, drawn with replacement     .6  .1  .6    mean .43
+#   once more                                 .2  .2  .1    mean .17
+#   ...
+#
+# The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
+# those of one response resemble each other: the interval would come out too narrow.
 
-    Had the student written other responses, the numbers would differ a little. To see
-    how much, as many contexts as there are, are drawn with replacement: one may come
-    twice, another not at all. The table is made again for each draw, and the middle
-    95 % of the results are the interval. (Drawing single positions would make it too
-    narrow, since those of one response resemble each other.)
 
-    table_of(positions) -> {row: {column: number}} makes the table from the positions
-    with these indices, as {"all": {"mean gain": gain[positions].mean()}}. context [N]
-    says to which context a position belongs. Returns {row: {column: {"value", "low",
-    "high"}}}. InputError if a number is nan.
+def draws(context, number, seed):  # [N] -> positions [n], again and again
+    """First all N positions; then, `number` times, those of contexts drawn by chance.
+
+    context [N] says to which context each position belongs. As many are drawn as there
+    are, with replacement: one may come twice, another not at all.
     """
-    all_positions = np.arange(len(context))
-    table = table_of(all_positions)
-    for columns in table.values():
-        if np.isnan(list(columns.values())).any():
-            raise opd.InputError(
-                "there are too few positions for the report's groups; use more "
-                "--contexts"
-            )
+    yield np.arange(len(context))
 
     positions_of = []  # of each context
-    for number in np.unique(context):
-        positions_of.append(np.flatnonzero(context == number))
+    for name in np.unique(context):
+        positions_of.append(np.flatnonzero(context == name))
 
     generator = np.random.default_rng(seed)
-    drawn_tables = []
-    for _ in range(draws):
+    for _ in range(number):
         drawn = generator.integers(len(positions_of), size=len(positions_of))
-        positions = np.concatenate([positions_of[number] for number in drawn])
-        drawn_tables.append(table_of(positions))
+        yield np.concatenate([positions_of[i] for i in drawn])
 
+
+def with_intervals(tables):
+    """The first table, each of its numbers with a 95 % interval from all the others.
+
+    [{row: {column: number}}] -> {row: {column: {"value", "low", "high"}}}. The first is
+    of all positions, the others of draws. InputError if one of its numbers is nan.
+    """
+    first, *of_draws = tables
     rows = {}
-    for row, columns in table.items():
+    for row, columns in first.items():
         rows[row] = {}
         for column, value in columns.items():
-            results = [drawn_table[row][column] for drawn_table in drawn_tables]
+            if np.isnan(value):
+                raise opd.InputError(
+                    "there are too few positions for the report's groups; use more "
+                    "--contexts"
+                )
+            results = [table[row][column] for table in of_draws]
             # A draw may contain no position of a group by chance: its nan is left out.
             low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
             rows[row][column] = {"value": float(value), "low": low, "high": high}
@@ -379,10 +388,10 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
     for name in ("entropy", "divergence", "compatibility"):
         scores[name] = torch.tensor(before[name])[None]  # [1, N]
     mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
+    if method == "full":
+        return mask[0].numpy()
     generator = torch.Generator().manual_seed(seed)  # for "random"
     ranks = opd.rank(method, scores, mask, generator)
-    if method == "full":
-        budget = 1
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
@@ -392,10 +401,10 @@ def gain_of_kept(before, gains, budget, args):  # -> rows
     for method in opd.METHODS:
         kept[method] = kept_by(method, before, budget, args.seed)
 
-    def mean_gains(positions):
-        return group_means(gains, kept, positions)
-
-    return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(group_means(gains, kept, positions))
+    return with_intervals(tables)
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -448,24 +457,29 @@ def explain(before, gains, args):  # -> rows
     features = make_features(before)
     regressors = standardize(features, REGRESSORS)
 
-    def slopes_and_gap(positions):
-        chosen = {name: values[positions] for name, values in regressors.items()}
-        table = {}
-        for name, outcome in outcomes.items():
-            slopes = least_squares(chosen, outcome[positions])
-            table[name] = {
-                "learnable": slopes["learnable"],
-                "incompatible": slopes["incompatible"],
-                "gap": slopes["learnable"] - slopes["incompatible"],
-            }
-        return table
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(slopes_and_gap(regressors, outcomes, positions))
+    rows = with_intervals(tables)
 
-    rows = bootstrap(slopes_and_gap, before["context"], args.bootstrap, args.seed)
     unsplit = standardize(features, UNSPLIT)
     for name, outcome in outcomes.items():
         rows[name]["R2"] = float(r_squared(regressors, outcome))
         rows[name]["R2 unsplit"] = float(r_squared(unsplit, outcome))
     return rows
+
+
+def slopes_and_gap(regressors, outcomes, positions):  # -> {outcome: {column: number}}
+    chosen = {name: values[positions] for name, values in regressors.items()}
+    table = {}
+    for name, outcome in outcomes.items():
+        slopes = least_squares(chosen, outcome[positions])
+        table[name] = {
+            "learnable": slopes["learnable"],
+            "incompatible": slopes["incompatible"],
+            "gap": slopes["learnable"] - slopes["incompatible"],
+        }
+    return table
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
@@ -483,15 +497,16 @@ def compare_thirds(before, gains, args):  # -> rows
     labels = ("least compatible", "middle", "most compatible")
     thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
 
-    def means_and_difference(positions):
-        means = group_means(gains, thirds, positions)
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        table = group_means(gains, thirds, positions)
         difference = {}
         for name in gains:
-            most = means["most compatible"][name]
-            difference[name] = most - means["least compatible"][name]
-        return {**means, "most - least": difference}
-
-    return bootstrap(means_and_difference, before["context"], args.bootstrap, args.seed)
+            most = table["most compatible"][name]
+            difference[name] = most - table["least compatible"][name]
+        table["most - least"] = difference
+        tables.append(table)
+    return with_intervals(tables)
 
 
 def compare_quarters(before, gains, part, args):  # -> rows
@@ -500,10 +515,10 @@ def compare_quarters(before, gains, part, args):  # -> rows
     labels = ("lowest quarter", "second", "third", "highest")
     quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
 
-    def mean_gains(positions):
-        return group_means(gains, quarters, positions)
-
-    return bootstrap(mean_gains, before["context"], args.bootstrap, args.seed)
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(group_means(gains, quarters, positions))
+    return with_intervals(tables)
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -538,15 +553,15 @@ def rank_correlations(before, gains, args):  # -> rows
     for name, gain in gains.items():
         gain_ranks[name] = mean_ranks(gain)
 
-    def spearman(positions):
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
         table = {}
         for feature, x in feature_ranks.items():
             table[feature] = {}
             for name, y in gain_ranks.items():
                 table[feature][name] = correlation(x[positions], y[positions])
-        return table
-
-    return bootstrap(spearman, before["context"], args.bootstrap, args.seed)
+        tables.append(table)
+    return with_intervals(tables)
 
 
 # ======================================================================================

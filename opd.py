@@ -187,21 +187,21 @@ FORMULAS = {
     # not consider.
     "incompatible": lambda z: z("divergence") * (1 - z("compatibility")),
 }
-METHODS = ("full", *FORMULAS, "random")  # full: all are kept
+METHODS = ("full", *FORMULAS, "random")  # all of --select. full ranks nothing
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
+    `method` is one of FORMULAS, or "random", which draws from `generator`, on the CPU.
     `scores` holds what `measure` returns, or at least what the formula asks for.
-    "random" draws from `generator`, on the CPU. ValueError for an unknown method.
+    ValueError for an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if method == "full":
-        return torch.zeros(mask.shape, device=mask.device)
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
+    if method not in FORMULAS:
+        known = ", ".join([*FORMULAS, "random"])
+        raise ValueError(f"unknown method {method!r}; choose from {known}")
 
     def rescaled(name):
         return robust_normalize(scores[name], mask)
@@ -371,40 +371,52 @@ class Rollout(NamedTuple):
 
 
 def train_step(
-    pair, optimizer, prompts, args, generator, rule=None, measure_fn=measure
+    pair,
+    optimizer,
+    prompts,
+    method="teachability",
+    k=16,
+    budget=0.1,
+    loss_name="reverse_kl",
+    max_new_tokens=256,
+    micro_batch_size=8,
+    generator=None,
+    measure_fn=measure,
 ):
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
-    `pair` holds both models. `args` are the program's flags; max_new_tokens, top_k,
-    select, budget, loss and micro_batch_size are used. `generator` is for --select
-    random. With rule(scores, mask) -> [B, R] in place of `rank`, or measure_fn(...) in
-    place of `measure`, it trains by a selection rule of your own. ValueError if these
+    `pair` holds both models. `method` is a name for `rank`, or "full", or a rule of
+    your own: method(scores, mask) -> [B, R]. It may use what a measure_fn of your own
+    measures, in place of `measure`. `generator` is for "random". ValueError if yours
     return what cannot be used.
     """
     # 1. Rollout: the student writes.
     started = time.time()
-    batch = rollout(pair, prompts, args.max_new_tokens)
+    batch = rollout(pair, prompts, max_new_tokens)
     rollout_seconds = time.time() - started
 
     # 2. Score: both models read what it wrote, and are compared at every token.
-    size = args.micro_batch_size
-    scores, teacher_hidden = score(pair, batch, args.top_k, size, measure_fn)
-    check_scores(scores, batch.mask)  # see part 4, for a measure_fn of your own
+    scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
+    check_scores(scores, batch.mask)  # in part 4, for a measure_fn of your own
 
-    # 3. Rank, by the method or by a rule of your own.
-    if rule is None:
-        ranks = rank(args.select, scores, batch.mask, generator)
+    if method == "full":
+        keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
-        ranks = rule(scores, batch.mask)
-    check_ranks(ranks, batch.mask, args.select, rule)
+        # 3. Rank, by a formula, by chance or by a rule of your own.
+        if callable(method):
+            ranks = method(scores, batch.mask)
+        else:
+            ranks = rank(method, scores, batch.mask, generator)
+        check_ranks(method, ranks, batch.mask)
 
-    # 4. Select.
-    keep_all = rule is None and args.select == "full"
-    keep = select(ranks, batch.mask, 1.0 if keep_all else args.budget)
+        # 4. Select.
+        keep = select(ranks, batch.mask, budget)
 
     # 5. Update: the student reads once more, now with a gradient. The teacher has none,
     #    so what its layers gave is used again.
-    loss, norm = update(pair, optimizer, batch, teacher_hidden, keep, args.loss, size)
+    loss, norm = update(
+        pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
+    )
 
     return {
         "loss": loss,
@@ -722,7 +734,17 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
         prompts = prompts_of_step(examples, order, step, args.batch_size)
         try:
             result = train_step(
-                pair, optimizer, prompts, args, generator, rule, measure_fn
+                pair,
+                optimizer,
+                prompts,
+                method=args.select if rule is None else rule,
+                k=args.top_k,
+                budget=args.budget,
+                loss_name=args.loss,
+                max_new_tokens=args.max_new_tokens,
+                micro_batch_size=args.micro_batch_size,
+                generator=generator,
+                measure_fn=measure_fn,
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from error
@@ -933,11 +955,10 @@ def check_scores(scores, mask):
             )
 
 
-def check_ranks(ranks, mask, select, rule):  # [B, R] twice, a method, None or yours
+def check_ranks(method, ranks, mask):  # a name or a rule of your own, [B, R] twice
     """ValueError unless a rule of your own ranks all positions; a warning for ties."""
-    name = select
-    if rule is not None:
-        name = getattr(rule, "__name__", "rule")
+    name = getattr(method, "__name__", method)
+    if callable(method):
         if not torch.is_tensor(ranks) or ranks.shape != mask.shape:
             found = tuple(ranks.shape) if torch.is_tensor(ranks) else type(ranks)
             raise ValueError(
@@ -946,7 +967,7 @@ def check_ranks(ranks, mask, select, rule):  # [B, R] twice, a method, None or y
             )
         if ranks[mask].isnan().any():
             raise ValueError(f"{name} must return numbers, and returned nan")
-    if name != "full" and (ranks[mask] == ranks[mask][0]).all():
+    if (ranks[mask] == ranks[mask][0]).all():
         warn(f"{name} ranks all positions alike, so the first ones are kept")
 
 

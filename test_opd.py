@@ -597,15 +597,14 @@ def test_mathematics_rank_refuses_an_unknown_method():
 def test_rank_knows_all_methods_and_names_them_where_it_refuses():
     scores, mask = grids()
     assert set(TABLE) | {"full", "random"} == set(opd.METHODS)
-    assert opd.rank("full", scores, mask).abs().max() == 0
-    with pytest.raises(ValueError, match="nonsense.*teachability"):
-        opd.rank("nonsense", scores, mask)
+    for name in ("nonsense", "full"):  # full is a method, but ranks nothing
+        with pytest.raises(ValueError, match=f"{name}.*teachability.*random"):
+            opd.rank(name, scores, mask)
 
 
 def test_rank_needs_only_the_scores_of_its_method():
     scores, mask = grids()
     for names, methods in (
-        ([], ["full"]),
         (["entropy"], ["entropy"]),
         (["divergence"], ["divergence"]),
         (["compatibility"], ["compatibility"]),
@@ -2022,9 +2021,9 @@ def test_each_step_of_each_seed_draws_anew(run, monkeypatch):
     seeds = []
     real = opd.train_step
 
-    def recorded(pair, optimizer, prompts, args, generator, *more):
+    def recorded(pair, optimizer, prompts, generator, **more):
         seeds.append((torch.initial_seed(), generator.initial_seed()))
-        return real(pair, optimizer, prompts, args, generator, *more)
+        return real(pair, optimizer, prompts, generator=generator, **more)
 
     monkeypatch.setattr(opd, "train_step", recorded)
     run("zero", "--steps", 3, "--seed", 0)
@@ -2032,6 +2031,26 @@ def test_each_step_of_each_seed_draws_anew(run, monkeypatch):
     assert len(set(seeds)) == len(seeds) == 6
     for of_rollout, of_random in seeds:
         assert of_rollout == of_random
+
+
+def one_step(pair, **settings):  # -> the log line of one step
+    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=1e-3)
+    torch.manual_seed(0)
+    return opd.train_step(pair, optimizer, [[5, 6], [7]], **settings)
+
+
+def test_a_step_can_be_taken_without_the_program_and_full_keeps_all(store):
+    shared = {"max_new_tokens": 20, "micro_batch_size": 1}
+    line = one_step(load(store), **shared)
+    best = math.ceil(0.1 * line["valid"])
+    assert best <= line["kept"] <= best + 2 < line["valid"]  # a tenth, by default
+
+    line = one_step(load(store), method="full", **shared)
+    assert line["kept"] == line["valid"]
+    assert line["loss"] == pytest.approx(line["kl_all"], rel=1e-5)
+
+    with pytest.raises(ValueError, match="unknown method 'nonsense'"):
+        one_step(load(store), method="nonsense", **shared)
 
 
 def test_no_training_adds_to_the_log_of_another(store, tmp_path):
@@ -3609,6 +3628,13 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
     return found
 
 
+def bootstrap(table_of, context, number, seed):
+    tables = []
+    for positions in diagnose.draws(context, number, seed):
+        tables.append(table_of(positions))
+    return diagnose.with_intervals(tables)
+
+
 def z(values):
     return (values - values.mean()) / values.std()
 
@@ -3623,7 +3649,7 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
         received.append(Counter(positions.tolist()))
         return {"row": {"column": len(positions)}}
 
-    found = diagnose.bootstrap(count, context, 300, seed=1)["row"]["column"]
+    found = bootstrap(count, context, 300, seed=1)["row"]["column"]
     assert found["value"] == 15
     assert received.pop(0) == Counter(range(15))
     assert len(received) == 300
@@ -3655,9 +3681,9 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     def mean(positions):
         return {"row": {"mean": values[positions].mean()}}
 
-    table = diagnose.bootstrap(mean, context, 2000, seed=1)
-    assert diagnose.bootstrap(mean, context, 2000, seed=1) == table
-    assert diagnose.bootstrap(mean, context, 2000, seed=2) != table
+    table = bootstrap(mean, context, 2000, seed=1)
+    assert bootstrap(mean, context, 2000, seed=1) == table
+    assert bootstrap(mean, context, 2000, seed=2) != table
     found = table["row"]["mean"]
     assert found["value"] == values.mean()
 
@@ -3760,7 +3786,7 @@ def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
     def means(positions):
         return diagnose.group_means(outcomes, groups, positions)
 
-    found = diagnose.bootstrap(means, context, 50, seed=0)
+    found = bootstrap(means, context, 50, seed=0)
     assert found == {"group": {"gain": {"value": 1.5, "low": 1.5, "high": 1.5}}}
 
 
@@ -3791,7 +3817,7 @@ def test_intervals_are_percentiles_of_the_draws_alone():
     context = np.array([0, 0, 1])
     draws = drawn(context, 201, seed=0)
     others = sum(sorted(at) != [0, 1, 2] for at in draws)
-    found = diagnose.bootstrap(make_table, context, 201, seed=0)["row"]["column"]
+    found = bootstrap(make_table, context, 201, seed=0)["row"]["column"]
     results = [1000] * (201 - others) + list(range(others))
     assert found["value"] == 1000
     assert found["low"] == pytest.approx(quantile(results, 0.025))
@@ -3803,7 +3829,7 @@ def test_a_table_in_which_a_value_is_missing_is_refused():
         return {"a": {"x": 1.0}, "b": {"x": math.nan}}
 
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.bootstrap(make_table, np.array([0, 1]), 5, seed=0)
+        bootstrap(make_table, np.array([0, 1]), 5, seed=0)
 
 
 # ======================================================================================

@@ -71,14 +71,14 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     regressors = diagnose.standardize(diagnose.make_features(before), names)
     outcome = diagnose.zscore(gain)
 
-    def slopes_and_gap(positions):
+    tables = []
+    for positions in diagnose.draws(before["context"], number=1000, seed=0):
         chosen = {name: values[positions] for name, values in regressors.items()}
         slopes = diagnose.least_squares(chosen, outcome[positions])
         table = {name: {"slope": slope} for name, slope in slopes.items()}
         table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
-        return table
-
-    rows = diagnose.bootstrap(slopes_and_gap, before["context"], draws=1000, seed=0)
+        tables.append(table)
+    rows = diagnose.with_intervals(tables)
     return {name: cells["slope"] for name, cells in rows.items()}
 
 
