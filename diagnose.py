@@ -16,9 +16,6 @@ The last is called the gain of a position. It is measured in three ways:
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
 
-(`explain` and `leak` have a fourth, relative: the share of the forward KL that is gone,
-as in the paper's code.)
-
 The report asks what predicts the gain: which of the quantities that are known before
 training. These are the entropy, D and C of opd.py, rescaled to [0, 1] over all
 positions, and the two parts of the disagreement, D * C (learnable) and D * (1 - C)
@@ -29,10 +26,11 @@ is not. The two tables to look at first:
   explain       How much more gain goes with more of the learnable part, if all else is
                 equal? And how much with more of the incompatible part?
 
-What came out in the demo is in the README, section 6 and finding 5.
+In the demo, what teachability keeps gains ten times as much as the average in reverse
+KL; in forward KL the incompatible part gains more (README, section 6 and finding 5).
 
-Notation as in opd.py: p is the student's next-token distribution, q the teacher's. K,
-of D and C, is 16, and for comparison 8 and 32.
+Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
+K of D and C is 16; the page has the main tables with 8 and with 32, too.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
@@ -195,10 +193,10 @@ def gains_of(before, after):  # -> {measure: [N]}
 
 
 def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
-    """A fourth gain, from the paper's code: which share of the forward KL is gone.
+    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
 
-    Where it had been tiny, this share may be hugely negative; so it is clipped at its
-    1 % and 99 % quantiles.
+    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
+    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
     """
     share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
     low, high = np.quantile(share, [0.01, 0.99])
@@ -271,7 +269,8 @@ def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
     """
     means = {}
     for label, member in groups.items():
-        own = positions[member[positions]]  # as often as they were drawn
+        is_inside = member[positions]  # of the drawn positions, which belong to it
+        own = positions[is_inside]
         means[label] = {}
         for name, values in outcomes.items():
             means[label][name] = values[own].mean() if len(own) else np.nan
@@ -428,7 +427,7 @@ REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entro
 UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
-def standardize(features, names):  # -> {name: [N]}
+def make_regressors(features, names):  # {name: [N]} -> {name: [N]}
     """The named features, z-scored over all positions, so that their slopes compare.
 
     InputError for a feature that is the same everywhere: it has no slope.
@@ -455,14 +454,14 @@ def explain(before, gains, args):  # -> rows
     for name, gain in with_relative(gains, before).items():
         outcomes[name] = zscore(gain)
     features = make_features(before)
-    regressors = standardize(features, REGRESSORS)
+    regressors = make_regressors(features, REGRESSORS)
 
     tables = []
     for positions in draws(before["context"], args.bootstrap, args.seed):
         tables.append(slopes_and_gap(regressors, outcomes, positions))
     rows = with_intervals(tables)
 
-    unsplit = standardize(features, UNSPLIT)
+    unsplit = make_regressors(features, UNSPLIT)
     for name, outcome in outcomes.items():
         rows[name]["R2"] = float(r_squared(regressors, outcome))
         rows[name]["R2 unsplit"] = float(r_squared(unsplit, outcome))
@@ -684,7 +683,7 @@ def cell_text(cell):
         return cell
     if isinstance(cell, float):
         return f"{cell:.3f}"
-    return f"{cell['value']:+.3f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
+    return f"{cell['value']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
 
 
 def as_quote(text):  # -> its lines, for a terminal of 100 columns
@@ -766,47 +765,7 @@ def report(pair, prompts, held_out_count, before, after, args, out):
 
 
 # ======================================================================================
-# 5. The command line
-# ======================================================================================
-
-
-def number_of_contexts(text):
-    number = int(text)
-    if number < 5:
-        raise argparse.ArgumentTypeError(f"{text} is less than 5")
-    return number
-
-
-def parse_args(argv=None):
-    """The flags of opd.py, and those of the diagnostic."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    group = parser.add_argument_group("the diagnostic (training is on all positions)")
-    add = group.add_argument
-    add(
-        "--contexts",
-        type=number_of_contexts,
-        default=192,
-        help="responses to freeze and measure",
-    )
-    add("--after", help="a trained version of --student (default: train one now)")
-    add("--bootstrap", type=int, default=1000, help="draws behind each interval")
-
-    if argv is None:
-        argv = sys.argv[1:]
-    args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
-    if args.resume:
-        parser.error("--resume is for opd.py, whose student --after takes")
-
-    # A prompt for each context. With --after they stay as they were, since that student
-    # may have been trained on all but --eval-prompts of them.
-    if not args.after:
-        args.eval_prompts = max(args.eval_prompts, args.contexts)
-    args.ks = sorted({8, 16, 32, args.top_k})  # for D and C
-    return args
-
-
-# ======================================================================================
-# 6. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 5. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -955,6 +914,46 @@ token, or tap it.</p>
 {"".join(numbers)}
 </html>
 """
+
+
+# ======================================================================================
+# 6. The command line
+# ======================================================================================
+
+
+def number_of_contexts(text):
+    number = int(text)
+    if number < 5:
+        raise argparse.ArgumentTypeError(f"{text} is less than 5")
+    return number
+
+
+def parse_args(argv=None):
+    """The flags of opd.py, and those of the diagnostic."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    group = parser.add_argument_group("the diagnostic (training is on all positions)")
+    add = group.add_argument
+    add(
+        "--contexts",
+        type=number_of_contexts,
+        default=192,
+        help="responses to freeze and measure; as many prompts are held out",
+    )
+    add("--after", help="a trained version of --student (default: train one now)")
+    add("--bootstrap", type=int, default=1000, help="draws behind each interval")
+
+    if argv is None:
+        argv = sys.argv[1:]
+    args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
+    if args.resume:
+        parser.error("--resume is for opd.py, whose student --after takes")
+
+    # A prompt for each context. With --after they stay as they were, since that student
+    # may have been trained on all but --eval-prompts of them.
+    if not args.after:
+        args.eval_prompts = max(args.eval_prompts, args.contexts)
+    args.ks = sorted({8, 16, 32, args.top_k})  # for D and C
+    return args
 
 
 if __name__ == "__main__":

@@ -163,50 +163,61 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
 
 def soft_or(a, b):  # in [0, 1] each
-    """1 - (1 - a) (1 - b) = a + b - a b: large where one of the two is."""
-    # The second form may miss 1 by a rounding error where a or b is 1. This error would
-    # then decide between positions that tie.
+    """a + b - a b: large where one of the two is."""
+    # Written so that it is exactly 1 where a or b is. A rounding error would decide
+    # between positions that tie.
     return 1 - (1 - a) * (1 - b)
 
 
-# What each method ranks by. z(name) is the score of this name, rescaled to [0, 1] over
-# the batch.
-FORMULAS = {
-    # The method of the paper: the learnable part of the disagreement, where the teacher
-    # reweights tokens that the student considers. And its variant.
-    "teachability": lambda z: z("divergence") * z("compatibility"),
-    "teachability_entropy": lambda z: soft_or(
-        z("entropy"), z("divergence") * z("compatibility")
-    ),
-    "entropy": lambda z: z("entropy"),
-    "divergence": lambda z: z("divergence"),
-    # Of another paper, arXiv 2604.14084.
-    "tip": lambda z: soft_or(z("entropy"), z("divergence")),
-    "compatibility": lambda z: z("compatibility"),
-    # The other part of the disagreement: the teacher wants tokens that the student does
-    # not consider.
-    "incompatible": lambda z: z("divergence") * (1 - z("compatibility")),
-}
-METHODS = ("full", *FORMULAS, "random")  # all of --select. full ranks nothing
+METHODS = (
+    "full",  # all positions are kept, and nothing is ranked
+    "teachability",
+    "teachability_entropy",
+    "entropy",
+    "divergence",
+    "tip",
+    "compatibility",
+    "incompatible",
+    "random",
+)
 
 
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `method` is one of FORMULAS, or "random", which draws from `generator`, on the CPU.
-    `scores` holds what `measure` returns, or at least what the formula asks for.
-    ValueError for an unknown method.
+    `scores` holds what `measure` returns. "random" draws from `generator`, on the CPU.
+    ValueError for a method that does not rank, or is unknown.
     """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
-    if method not in FORMULAS:
-        known = ", ".join([*FORMULAS, "random"])
-        raise ValueError(f"unknown method {method!r}; choose from {known}")
 
-    def rescaled(name):
-        return robust_normalize(scores[name], mask)
+    H = robust_normalize(scores["entropy"], mask)
+    D = robust_normalize(scores["divergence"], mask)
+    C = robust_normalize(scores["compatibility"], mask)
 
-    return FORMULAS[method](rescaled)
+    # The method of the paper: the learnable part of the disagreement, where the teacher
+    # reweights tokens that the student considers. And the paper's variant.
+    if method == "teachability":
+        return D * C
+    if method == "teachability_entropy":
+        return soft_or(H, D * C)
+
+    # What it is compared with. The soft or of H and D is from another paper, TIP, arXiv
+    # 2604.14084.
+    if method == "entropy":
+        return H
+    if method == "divergence":
+        return D
+    if method == "tip":
+        return soft_or(H, D)
+    if method == "compatibility":
+        return C
+
+    # The other part of the disagreement: the teacher wants tokens that the student does
+    # not consider.
+    if method == "incompatible":
+        return D * (1 - C)
+    raise ValueError(f"{method!r} does not rank; choose from {', '.join(METHODS[1:])}")
 
 
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
@@ -275,7 +286,9 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 # ======================================================================================
 
 
-def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_tokens=256):
+def simple_step(
+    student, teacher, optimizer, prompt, k=16, budget=0.1, max_new_tokens=256
+):
     """The whole method, for one prompt [1, P], if memory were no matter. -> loss
 
     For reading: the program calls `train_step`, below. This leaves out what real pairs
@@ -293,7 +306,7 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
         top_k=0,  # no filter. Left unset, the 50 likeliest tokens alone would be drawn
         top_p=1.0,
         repetition_penalty=1.0,
-        max_new_tokens=new_tokens,
+        max_new_tokens=max_new_tokens,
     )
     prompt_length = prompt.shape[1]  # P
     tokens = ids[:, prompt_length:]  # [1, R]
@@ -338,6 +351,7 @@ def simple_step(student, teacher, optimizer, prompt, k=16, budget=0.1, new_token
 #   student reads    no         micro-batches    of all positions, in chunks
 #   teacher reads    no         micro-batches    of all positions, in chunks
 #   student learns   yes        micro-batches    of the kept positions, in chunks
+#                                                (here the teacher's once more, too)
 #
 # Checkpoints differ. They end a response with different tokens (`merge_ends`), one has
 # more outputs than the other, and some bring settings for sampling along.
@@ -432,41 +446,20 @@ def train_step(
 PADDING = 0  # any token id will do, an end's, too: nothing valid looks there
 
 
-@torch.no_grad()
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt, from p itself: no filter.
+    """The student samples a response to each prompt.
 
     ValueError for what is longer than the models take.
     """
     ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
-    prompt_length = ids.shape[1]
-    if prompt_length + max_new_tokens > length_limit(pair):
-        raise ValueError(
-            f"the models take {length_limit(pair)} tokens, with the prompt"
-        )
+    responses = sample(pair, ids, attention, max_new_tokens)  # [B, R]
 
-    settings = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=pair.temperature,
-        top_k=0,  # off. Left unset, generate() would sample among the best 50 only
-        top_p=1.0,  # off
-        max_new_tokens=max_new_tokens,
-        # generate() takes None, and no empty list: hence `or None`, twice.
-        eos_token_id=pair.end_ids or None,
-        suppress_tokens=never_sampled(pair) or None,
-        pad_token_id=PADDING,
-        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
-    )
-    # With these settings alone, and none that the checkpoint may bring along.
-    ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
-
-    responses = ids[:, prompt_length:]  # [B, R]
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
     is_end = torch.isin(responses, end_ids)  # [B, R]
     if pair.end_ids:  # whichever end was drawn, it is replaced by end_ids[0]
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
-        ids=torch.cat([ids[:, :prompt_length], responses], -1),
+        ids=torch.cat([ids, responses], -1),
         # Also 1 after an end: the models are causal, so nothing valid looks there.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
@@ -495,6 +488,31 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
         ids.append([PADDING] * missing + prompt)
         attention.append([0] * missing + [1] * len(prompt))
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+
+
+@torch.no_grad()
+def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
+    """The student's responses to these prompts, from p itself: nothing is filtered."""
+    limit = length_limit(pair)
+    prompt_length = ids.shape[1]  # P
+    if prompt_length + max_new_tokens > limit:
+        raise ValueError(f"the models take {limit} tokens, with the prompt")
+
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=pair.temperature,
+        top_k=0,  # off. Left unset, generate() would sample among the best 50 only
+        top_p=1.0,  # off
+        max_new_tokens=max_new_tokens,
+        # generate() takes None, and no empty list: hence `or None`, twice.
+        eos_token_id=pair.end_ids or None,
+        suppress_tokens=never_sampled(pair) or None,
+        pad_token_id=PADDING,
+        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
+    )
+    # With these settings alone, and none that the checkpoint may bring along.
+    ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
+    return ids[:, prompt_length:]
 
 
 def response_mask(is_end):  # [B, R] bool -> [B, R] bool
@@ -657,10 +675,7 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
 
     def loss_of(chunk):
         student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
-        with torch.no_grad():
-            teacher_logits = next_token_logits(
-                pair, pair.teacher, teacher_hidden[chunk]
-            )
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
         losses = token_loss(loss_name, student_logits, teacher_logits, tokens[chunk])
         return losses.sum()
 

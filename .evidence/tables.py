@@ -68,7 +68,7 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     gain = np.array([line["gain"]["reverse_kl"] for line in lines])
 
     names = [name for name in diagnose.REGRESSORS if name != without]
-    regressors = diagnose.standardize(diagnose.make_features(before), names)
+    regressors = diagnose.make_regressors(diagnose.make_features(before), names)
     outcome = diagnose.zscore(gain)
 
     tables = []
