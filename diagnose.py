@@ -686,11 +686,11 @@ def cell_text(cell):
     return f"{cell['value']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
 
 
-def as_quote(text):  # -> its lines, for a terminal of 100 columns
-    return textwrap.fill(text, 98, initial_indent="> ", subsequent_indent="> ")
+def as_quote(text):  # -> its lines, for a terminal of 110 columns
+    return textwrap.fill(text, 104, initial_indent="> ", subsequent_indent="> ")
 
 
-def as_text(table):  # -> its rows, for a terminal of 100 columns
+def as_text(table):  # -> its rows, for a terminal of 110 columns
     first_row = next(iter(table["rows"].values()))
     grid = [["", *first_row]]
     for label, cells in table["rows"].items():
