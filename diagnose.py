@@ -22,12 +22,25 @@ positions, and the two parts of the disagreement, D * C (learnable) and D * (1 -
 (incompatible). The paper's hypothesis is that the first part is learned, and the second
 is not. The two tables to look at first:
 
-  gain_of_kept  How much do the positions gain that each selection method would keep?
-  explain       How much more gain goes with more of the learnable part, if all else is
-                equal? And how much with more of the incompatible part?
+  gain_of_kept  How much do the positions gain that each selection method would keep? A
+                row of the demo:
 
-In the demo, what teachability keeps gains ten times as much as the average in reverse
-KL; in forward KL the incompatible part gains more (README, section 6 and finding 5).
+                                           forward_kl               reverse_kl
+                teachability  +0.411 [+0.328, +0.488]  +1.930 [+1.789, +2.074]
+
+                At the tenth that teachability would keep, KL(teacher || student) fell
+                by .411 nats and KL(student || teacher) by 1.930: means with their 95 %
+                intervals. (Over all positions, by .292 and .196.)
+
+  explain       How much more gain goes with more of the learnable part, if all else is
+                equal? And with more of the incompatible part? A row of the demo:
+
+                                          learnable             incompatible
+                forward_kl  -0.053 [-0.098, +0.000]  +1.014 [+0.961, +1.068]
+
+                One standard deviation more of the incompatible part goes with a gain in
+                forward KL that is 1.014 standard deviations larger (finding 5 of the
+                README).
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
 K of D and C is 16; the page has the main tables with 8 and with 32, too.
@@ -948,8 +961,8 @@ def parse_args(argv=None):
     if args.resume:
         parser.error("--resume is for opd.py, whose student --after takes")
 
-    # A prompt for each context. With --after they stay as they were, since that student
-    # may have been trained on all but --eval-prompts of them.
+    # Contexts are responses to held-out prompts, so as many are held out. (Not with
+    # --after: that student was trained earlier, on all prompts but --eval-prompts.)
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
     args.ks = sorted({8, 16, 32, args.top_k})  # for D and C

@@ -55,7 +55,8 @@ from tqdm import tqdm
 
 # ======================================================================================
 # 1. The mathematics: pure functions of logits. Those in half precision are cast to
-#    float32 first. Copy this part freely: it needs math, numpy and torch, no more.
+#    float32 first. Copy this part freely: it needs math, numpy and torch, no more. What
+#    each is for, `simple_step` shows, at the beginning of part 2.
 # ======================================================================================
 
 
@@ -351,7 +352,9 @@ def simple_step(
 #   student reads    no         micro-batches    of all positions, in chunks
 #   teacher reads    no         micro-batches    of all positions, in chunks
 #   student learns   yes        micro-batches    of the kept positions, in chunks
-#                                                (here the teacher's once more, too)
+#
+# (In the last pass the teacher's layers do not run again. From what they gave in the
+# third, its head makes the logits of the kept positions.)
 #
 # Checkpoints differ. They end a response with different tokens (`merge_ends`), one has
 # more outputs than the other, and some bring settings for sampling along.
@@ -369,7 +372,7 @@ class Pair(NamedTuple):
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list  # token ids. The first is in V: both models know it
+    end_ids: list  # token ids. The first is below vocab_size: both models know it
     vocab_size: int  # V, the ids that both models predict
     temperature: float  # one for sampling, scoring and loss
 
@@ -533,7 +536,8 @@ def score(pair, batch, k, micro_batch_size, measure_fn=measure):
     """Compare both models at every position of a `Rollout`, in micro-batches.
 
     Returns what measure_fn measures there, {name: [B, R]}, with 0 on the padding; and
-    the teacher's hidden states [B, R, E], for `update`. `k` is handed on to measure_fn.
+    the teacher's hidden states [B, R, E], so that `update` need not run its layers
+    again. `k` is handed on to measure_fn.
     """
     student_hidden = hidden_states_of_batch(pair.student, batch, micro_batch_size)
     teacher_hidden = hidden_states_of_batch(pair.teacher, batch, micro_batch_size)
@@ -580,7 +584,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     attention = batch.attention[rows]
     # Positions count from 0 at a prompt's first token, not at the padding before it.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    with bf16_on_gpu():  # in bf16 on a GPU
+    with bf16_on_gpu():
         output = model.base_model(  # all of the model but its output head
             batch.ids[rows],
             attention_mask=attention,
@@ -622,10 +626,12 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
         return logits
     own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
     merged = logits.clone()
-    # A sum of probabilities is a logsumexp of logits. As in `divergence`, -1e30 makes a
-    # probability 0.
-    merged[:, own_ends] = -1e30
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
+    merged[:, own_ends] = (
+        -1e30
+    )  # probability 0, as in `divergence`; then, for the first,
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(
+        -1
+    )  # the sum of probabilities
     return merged
 
 
@@ -722,6 +728,11 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     is the pair's. `resumed` is what `save` wrote, to go on from there. `rule` and
     `measure_fn` are for `train_step`.
     """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "log.jsonl").exists():
+        raise InputError(f"{out} has the log of another run; name a new folder")
+
     optimizer = torch.optim.AdamW(
         pair.student.parameters(), lr=args.lr, weight_decay=0.1, fused=True
     )
@@ -734,10 +745,6 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
     shuffle = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(examples), generator=shuffle).tolist()
 
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "log.jsonl").exists():
-        raise InputError(f"{out} has the log of another run; name a new folder")
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()

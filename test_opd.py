@@ -91,7 +91,7 @@ def plain_step(
             rows.append(row)
 
     # Rank by D * C, with D and C rescaled over the whole batch. Keep the best.
-    ranks = [d * c for d, c in zip(normalized(D, D), normalized(C, C))]
+    ranks = [d * c for d, c in zip(normalized(D), normalized(C))]
     kept = keep_best(ranks, rows, budget)
 
     # The loss is the mean over the kept positions, its gradient through all layers.
@@ -142,9 +142,9 @@ def restricted(probabilities, union):
     return [x / sum(inside) for x in inside]
 
 
-def normalized(values, valid):
-    low = quantile(valid, 0.05)
-    high = quantile(valid, 0.95)
+def normalized(values):  # of all valid positions
+    low = quantile(values, 0.05)
+    high = quantile(values, 0.95)
     return [min(max((z - low) / (high - low), 0.0), 1.0) for z in values]
 
 
@@ -179,8 +179,8 @@ def test_of_three_tokens_the_one_that_can_be_learned_is_kept():
     assert D == pytest.approx([0, 0.685, 5.88], abs=1e-2)  # alone it picks the third
     assert C == pytest.approx([0.98, 0.98, 0.295])
 
-    d = normalized(D, D)  # the 5 % quantile becomes 0, the 95 % quantile 1
-    c = normalized(C, C)
+    d = normalized(D)  # the 5 % quantile becomes 0, the 95 % quantile 1
+    c = normalized(C)
     assert d == pytest.approx([0, 0.116, 1], abs=1e-3)
     assert c == pytest.approx([1, 1, 0])
     ranks = [d[t] * c[t] for t in range(3)]
@@ -568,7 +568,7 @@ def test_mathematics_rank_is_its_row_of_the_table(method):
     rescaled = []
     for name in ("entropy", "divergence", "compatibility"):
         values = scores[name][mask].tolist()
-        rescaled.append(normalized(values, values))
+        rescaled.append(normalized(values))
     expected = [TABLE[method](h, d, c) for h, d, c in zip(*rescaled)]
     found = opd.rank(method, scores, mask)
     assert found.shape == mask.shape, "rank: a number for each position, [B, R]"
@@ -3935,7 +3935,7 @@ class Recomputed:
         self.q3 = sure_yet_in_disagreement(self.h, self.d)
 
     def tilde(self, values):
-        return np.array(normalized(values.tolist(), values.tolist()))
+        return np.array(normalized(values.tolist()))
 
     def split(self, c):  # the columns of the regression with this C
         return [self.h, self.d * c, self.d * (1 - c), self.position, self.teacher]
@@ -5076,8 +5076,8 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
     for row, numbers in zip(rows, printed):
         cells = re.split(r"[|,]", row.replace("*", ""))
         assert [float(cell) for cell in cells] == numbers
-    assert normalized(D, D) == pytest.approx([0, 0.12, 1], abs=6e-3)
-    assert normalized(C, C) == pytest.approx([1, 1, 0])
+    assert normalized(D) == pytest.approx([0, 0.12, 1], abs=6e-3)
+    assert normalized(C) == pytest.approx([1, 1, 0])
     prose = " ".join(README.split())
     assert "$D$ to 0, .12, 1 and $C$ to 1, 1, 0" in prose
     assert last == "[0.0, 0.116, 0.0] [False, True, False]"
