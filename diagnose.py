@@ -3,14 +3,16 @@
 opd.py trains on tokens that it takes to be teachable. Were they? To find out, look at
 the same tokens twice, before training and after it:
 
-  1. sample_contexts   the student, before training, writes responses: the contexts
+  1. sample_contexts   the student, before training, writes responses; a prompt with its
+                       response is called a context
   2. measure_contexts  both models read them, and are compared at every position
   3. opd.train         on all positions (--after: take a student that was trained
                        earlier, a run of `opd.py --select full`)
   4. measure_contexts  the same positions once more, now with the trained student
   5. report            how much nearer to the teacher did the student come, and where?
 
-The last is called the gain of a position. It is measured in three ways:
+How much nearer it came at a position is called the gain there. It is measured in three
+ways:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
@@ -39,8 +41,8 @@ is not. The two tables to look at first:
                 forward_kl  -0.053 [-0.098, +0.000]  +1.014 [+0.961, +1.068]
 
                 One standard deviation more of the incompatible part goes with a gain in
-                forward KL that is 1.014 standard deviations larger (finding 5 of the
-                README).
+                forward KL that is 1.014 standard deviations larger. (How this goes with
+                the first table: finding 5 of the README.)
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
 K of D and C is 16; the page has the main tables with 8 and with 32, too.
@@ -357,7 +359,10 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
 
 
 def at_k(measured, k):  # {name: [N]} -> {name: [N]}
-    """With this K's D and C under the names "divergence" and "compatibility"."""
+    """With this K's D and C under the names "divergence" and "compatibility".
+
+    So the functions below need not know which K it is.
+    """
     return {
         **measured,
         "divergence": measured[f"divergence_{k}"],

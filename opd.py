@@ -132,8 +132,8 @@ def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
     of your own (see `train_step`) may use them.
     """
     return {
-        # The loss of full on-policy distillation: the curve to watch in the log.
-        "kl_all": reverse_kl(student_logits, teacher_logits),
+        # The loss of full on-policy distillation. Its mean is the curve to watch.
+        "reverse_kl": reverse_kl(student_logits, teacher_logits),
         "entropy": entropy(student_logits),
         "divergence": divergence(student_logits, teacher_logits, k),
         "compatibility": compatibility(student_logits, teacher_logits, k),
@@ -186,38 +186,34 @@ METHODS = (
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds what `measure` returns. "random" draws from `generator`, on the CPU.
-    ValueError for a method that does not rank, or is unknown.
+    `scores` holds what `measure` returns, or at least what the method asks for.
+    "random" draws from `generator`, on the CPU. ValueError for a method that does not
+    rank, or is unknown.
     """
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
 
-    H = robust_normalize(scores["entropy"], mask)
-    D = robust_normalize(scores["divergence"], mask)
-    C = robust_normalize(scores["compatibility"], mask)
+    def rescaled(name):  # to [0, 1], over the batch
+        return robust_normalize(scores[name], mask)
 
     # The method of the paper: the learnable part of the disagreement, where the teacher
     # reweights tokens that the student considers. And the paper's variant.
     if method == "teachability":
-        return D * C
+        return rescaled("divergence") * rescaled("compatibility")
     if method == "teachability_entropy":
-        return soft_or(H, D * C)
-
-    # What it is compared with. The soft or of H and D is from another paper, TIP, arXiv
-    # 2604.14084.
-    if method == "entropy":
-        return H
-    if method == "divergence":
-        return D
-    if method == "tip":
-        return soft_or(H, D)
-    if method == "compatibility":
-        return C
+        learnable = rescaled("divergence") * rescaled("compatibility")
+        return soft_or(rescaled("entropy"), learnable)
 
     # The other part of the disagreement: the teacher wants tokens that the student does
     # not consider.
     if method == "incompatible":
-        return D * (1 - C)
+        return rescaled("divergence") * (1 - rescaled("compatibility"))
+
+    # One quantity alone. And the soft or of two, TIP, from arXiv 2604.14084.
+    if method in ("entropy", "divergence", "compatibility"):
+        return rescaled(method)
+    if method == "tip":
+        return soft_or(rescaled("entropy"), rescaled("divergence"))
     raise ValueError(f"{method!r} does not rank; choose from {', '.join(METHODS[1:])}")
 
 
@@ -353,8 +349,9 @@ def simple_step(
 #   teacher reads    no         micro-batches    of all positions, in chunks
 #   student learns   yes        micro-batches    of the kept positions, in chunks
 #
-# (In the last pass the teacher's layers do not run again. From what they gave in the
-# third, its head makes the logits of the kept positions.)
+# In the last pass, the teacher's layers do not run again: from what they gave in the
+# third, its head makes the logits of the kept positions. The student's layers do, for
+# whole responses, as a kept token depends on all before it.
 #
 # Checkpoints differ. They end a response with different tokens (`merge_ends`), one has
 # more outputs than the other, and some bring settings for sampling along.
@@ -524,6 +521,7 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
     on, and what comes after it is padding, even if it looks like an end.
     """
+    # For that example, is_end is 0 1 0 1, its cumsum 0 1 1 2, and ends_before 0 0 1 1.
     ends_before = is_end.cumsum(-1) - is_end.long()
     return ends_before == 0
 
@@ -582,7 +580,8 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     """
     model.eval()  # no dropout: scores and update must see one p. Gradients still flow
     attention = batch.attention[rows]
-    # Positions count from 0 at a prompt's first token, not at the padding before it.
+    # Positions count from 0 at a prompt's first token, not at the padding before it. With
+    # attention 0 0 1 1 1, the cumsum is 0 0 1 2 3, and positions are 0 0 0 1 2.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     with bf16_on_gpu():
         output = model.base_model(  # all of the model but its output head
@@ -626,12 +625,10 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
         return logits
     own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
     merged = logits.clone()
-    merged[:, own_ends] = (
-        -1e30
-    )  # probability 0, as in `divergence`; then, for the first,
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(
-        -1
-    )  # the sum of probabilities
+    # Probability 0 for all of them, as in `divergence`. And then, for the first, the sum
+    # of their probabilities: a logsumexp of logits.
+    merged[:, own_ends] = -1e30
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
     return merged
 
 
@@ -699,7 +696,8 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
 
 
 def summarize(scores, batch, keep):  # -> {name: number}, for the log
-    summary = means_of(scores, batch.mask)
+    means = means_of(scores, batch.mask)
+    summary = {"kl_all": means.pop("reverse_kl"), **means}  # all: not of the kept alone
     summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
     summary["truncated"] = batch.truncated.float().mean().item()
     summary["valid"] = batch.mask.sum().item()
@@ -964,7 +962,7 @@ def never_sampled(pair):  # -> token ids
 
 def check_scores(scores, mask):
     """ValueError unless `measure_fn` returned all that `measure` does, and numbers."""
-    for name in ("kl_all", "entropy", "divergence", "compatibility"):
+    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
         if name not in scores:
             raise ValueError(
                 f"measure_fn returned no {name}: let it call opd.measure, and add to it"

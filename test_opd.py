@@ -602,6 +602,20 @@ def test_rank_knows_all_methods_and_names_them_where_it_refuses():
             opd.rank(name, scores, mask)
 
 
+def test_rank_needs_only_the_scores_of_its_method():
+    scores, mask = grids()
+    for names, methods in (
+        (["entropy"], ["entropy"]),
+        (["divergence"], ["divergence"]),
+        (["compatibility"], ["compatibility"]),
+        (["divergence", "compatibility"], ["teachability", "incompatible"]),
+    ):
+        few = {name: scores[name] for name in names}
+        for method in methods:
+            whole = opd.rank(method, scores, mask)
+            assert torch.equal(opd.rank(method, few, mask), whole)
+
+
 def test_no_gradient_goes_through_a_rank():
     scores, mask = grids()
     expected = opd.rank("teachability", scores, mask)
@@ -1354,10 +1368,10 @@ def test_scores_stand_at_their_positions_and_padding_has_zero(store):
     batch = draw(pair, length=12)
     batch.mask[1, 2:] = False  # a response of two tokens
     scores = scores_of(pair, batch, 3, 2)
-    assert set(scores) == {"kl_all", "entropy", "divergence", "compatibility"}
+    assert set(scores) == {"reverse_kl", "entropy", "divergence", "compatibility"}
     for row, (p, q, response) in enumerate(one_by_one(pair, PROMPTS, batch)):
         expected = {
-            "kl_all": loop(kl, p, q),
+            "reverse_kl": loop(kl, p, q),
             "entropy": loop(lambda p: -sum(x * math.log(x) for x in p), p),
             "divergence": loop(divergence_by_sets(3), p, q),
             "compatibility": loop(lambda p, q: sum(q[v] for v in top(p, 3)), p, q),
@@ -1761,13 +1775,13 @@ def test_all_scores_and_losses_are_those_of_the_merged_distribution(tmp_path):
         assert scores["divergence"][i] == pytest.approx(
             divergence_by_sets(3)(p, q), abs=1e-4
         )
-        assert scores["kl_all"][i] == pytest.approx(kl(p, q), abs=1e-4)
+        assert scores["reverse_kl"][i] == pytest.approx(kl(p, q), abs=1e-4)
         assert forward[i] == pytest.approx(kl(q, p), abs=1e-4)
         event = -1 if i == 0 else y[i] - 2  # of the ids before it, 0 and 2 are gone
         expected = -math.log(q[event] / p[event]) * math.log(p[event])
         assert sampled[i] == pytest.approx(expected, abs=1e-4)
     # Both are sure of the end: hardly any disagreement is left where it stood apart.
-    assert scores["kl_all"][0] < 0.1 < opd.reverse_kl(student, teacher)[0] / 10
+    assert scores["reverse_kl"][0] < 0.1 < opd.reverse_kl(student, teacher)[0] / 10
 
 
 def test_a_support_of_all_events_leaves_the_empty_columns_without_effect(tmp_path):
@@ -1942,7 +1956,9 @@ def test_what_you_measure_may_have_several_numbers_for_each_position(store):
 
 
 @pytest.mark.parametrize("own_rule", [True, False])
-@pytest.mark.parametrize("name", ["kl_all", "entropy", "divergence", "compatibility"])
+@pytest.mark.parametrize(
+    "name", ["reverse_kl", "entropy", "divergence", "compatibility"]
+)
 def test_measuring_less_than_measure_is_refused_before_the_first_update(
     run, tmp_path, name, own_rule
 ):
@@ -2220,7 +2236,7 @@ def test_evaluation_weighs_positions_alike_however_they_are_batched(store):
     for part in (examples[:4], examples[4:]):
         batch = opd.rollout(pair, [e["prompt"] for e in part], args.max_new_tokens)
         scores = scores_of(pair, batch, 4, 4)
-        sums["kl"] += scores["kl_all"].sum().item()
+        sums["kl"] += scores["reverse_kl"].sum().item()
         sums["valid"] += batch.mask.sum().item()
     found = opd.evaluate(pair, examples, args)
     assert found["reverse_kl"] == pytest.approx(sums["kl"] / sums["valid"], rel=1e-4)
