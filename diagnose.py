@@ -257,8 +257,10 @@ def draws(context, number, seed):  # [N] -> positions [n], again and again
 def with_intervals(tables):
     """The first table, each of its numbers with a 95 % interval from all the others.
 
-    [{row: {column: number}}] -> {row: {column: {"value", "low", "high"}}}. The first is
-    of all positions, the others of draws. InputError if one of its numbers is nan.
+    The first is of all positions, the others of draws. From, say,
+    [{"all": {"gain": 0.30}}, {"all": {"gain": 0.43}}, {"all": {"gain": 0.17}}, ...] to
+    {"all": {"gain": {"value": 0.30, "low": 0.12, "high": 0.55}}}. InputError if a
+    number of the first is nan.
     """
     first, *of_draws = tables
     rows = {}

@@ -9,7 +9,7 @@ One training step:
 
   1. rollout  the student samples a response to each prompt
   2. score    at every position of the responses, compare both models' predictions:
-              entropy H: how unsure the student is (only some other rules use it)
+              entropy H: how unsure the student is (only some other methods use it)
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
@@ -399,7 +399,7 @@ def train_step(
 ):
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
-    `pair` holds both models. `method` is a name for `rank`, or "full", or a rule of
+    `pair` holds both models. `method` is a name for `rank`, or "full", or a function of
     your own: method(scores, mask) -> [B, R]. It may use what a measure_fn of your own
     measures, in place of `measure`. `generator` is for "random". ValueError if yours
     return what cannot be used.
@@ -416,7 +416,7 @@ def train_step(
     if method == "full":
         keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
-        # 3. Rank, by a formula, by chance or by a rule of your own.
+        # 3. Rank, by a method of `rank` or of your own.
         if callable(method):
             ranks = method(scores, batch.mask)
         else:
@@ -580,8 +580,8 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
     """
     model.eval()  # no dropout: scores and update must see one p. Gradients still flow
     attention = batch.attention[rows]
-    # Positions count from 0 at a prompt's first token, not at the padding before it. With
-    # attention 0 0 1 1 1, the cumsum is 0 0 1 2 3, and positions are 0 0 0 1 2.
+    # Positions count from 0 at a prompt's first token, not at the padding before it. If
+    # attention is 0 0 1 1 1, the cumsum is 0 0 1 2 3, and positions are 0 0 0 1 2.
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     with bf16_on_gpu():
         output = model.base_model(  # all of the model but its output head
@@ -625,8 +625,8 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
         return logits
     own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
     merged = logits.clone()
-    # Probability 0 for all of them, as in `divergence`. And then, for the first, the sum
-    # of their probabilities: a logsumexp of logits.
+    # Probability 0 for all of them, as in `divergence`. Then, for the first, the sum of
+    # their probabilities: a logsumexp of logits.
     merged[:, own_ends] = -1e30
     merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
     return merged
@@ -719,11 +719,11 @@ def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
 # ======================================================================================
 
 
-def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure):
+def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measure):
     """Train the student in place, step by step; log, and save now and then.
 
     `args` are the program's flags, see `parse_args`, except for the temperature, which
-    is the pair's. `resumed` is what `save` wrote, to go on from there. `rule` and
+    is the pair's. `resumed` is what `save` wrote, to go on from there. `method` and
     `measure_fn` are for `train_step`.
     """
     out = Path(out)
@@ -757,7 +757,7 @@ def train(pair, examples, args, out, resumed=None, rule=None, measure_fn=measure
                 pair,
                 optimizer,
                 prompts,
-                method=args.select if rule is None else rule,
+                method=method or args.select,
                 k=args.top_k,
                 budget=args.budget,
                 loss_name=args.loss,
@@ -975,8 +975,8 @@ def check_scores(scores, mask):
             )
 
 
-def check_ranks(method, ranks, mask):  # a name or a rule of your own, [B, R] twice
-    """ValueError unless a rule of your own ranks all positions; a warning for ties."""
+def check_ranks(method, ranks, mask):  # a name or your own, [B, R] twice
+    """ValueError unless a method of your own ranks all; a warning if all are alike."""
     name = getattr(method, "__name__", method)
     if callable(method):
         if not torch.is_tensor(ranks) or ranks.shape != mask.shape:
@@ -1695,7 +1695,7 @@ def parse_args(argv=None, parser=None):
     if args.budget is None:
         args.budget = 1.0 if args.select == "full" else 0.1
     if args.select == "full" and args.budget != 1:
-        fail(f"--budget {args.budget}: --select full keeps all; choose another rule")
+        fail(f"--budget {args.budget}: --select full keeps all; choose another")
     if args.micro_batch_size is None:
         args.micro_batch_size = args.batch_size
     check_numbers(vars(args))
@@ -1743,17 +1743,17 @@ def prepare(args):  # -> Pair, training examples, held-out examples
     return pair, training, held_out
 
 
-def main(args, rule=None, measure_fn=measure):
-    """Evaluate, train, save, evaluate. For `rule` and `measure_fn` see `train_step`."""
+def main(args, method=None, measure_fn=measure):
+    """Evaluate, train, save, evaluate. `method` and `measure_fn` as in `train_step`."""
     started = time.time()
-    if rule is not None:
+    if method is not None:
         if args.select == "full":
             raise InputError(
-                "--select full keeps all: leave it out, with your own rule"
+                "--select full keeps all: leave it out, with a method of your own"
             )
-        args.select = getattr(rule, "__name__", "rule")  # the name in summary.json
+        args.select = getattr(method, "__name__", "method")  # the name in summary.json
         if args.select in METHODS:
-            raise InputError(f"there is a rule {args.select} already: rename yours")
+            raise InputError(f"there is a method {args.select} already: rename yours")
     resumed = load_state(args.resume) if args.resume else None
     pair, training, held_out = prepare(args)
     if resumed is not None:
@@ -1762,7 +1762,7 @@ def main(args, rule=None, measure_fn=measure):
     out = new_folder(args.out, "opd")
     before = evaluate(pair, held_out, args)
     try:
-        train(pair, training, args, out, resumed, rule, measure_fn)
+        train(pair, training, args, out, resumed, method, measure_fn)
     except (KeyboardInterrupt, FloatingPointError) as stop:
         save(pair, out / "student")
         text = str(stop) or "interrupted"

@@ -1169,9 +1169,9 @@ def log_of_run(out):
 def run(store, tmp_path):
     """The program with these flags, into tmp_path / name -> its log."""
 
-    def main(name, *more, family="qwen3", rule=None, measure_fn=opd.measure):
+    def main(name, *more, family="qwen3", method=None, measure_fn=opd.measure):
         args = opd.parse_args(flags(store, tmp_path / name, *more, family=family))
-        opd.main(args, rule, measure_fn)
+        opd.main(args, method, measure_fn)
         return log_of_run(tmp_path / name)
 
     return main
@@ -1971,7 +1971,7 @@ def test_measuring_less_than_measure_is_refused_before_the_first_update(
         return torch.rand(mask.shape)
 
     with pytest.raises(ValueError, match=f"measure_fn returned no {name}"):
-        run("out", rule=my_rule if own_rule else None, measure_fn=measure_too_little)
+        run("out", method=my_rule if own_rule else None, measure_fn=measure_too_little)
     assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
@@ -1989,7 +1989,7 @@ def test_a_rule_of_your_own_is_refused_where_all_is_kept(run):
         return torch.rand(mask.shape)
 
     with pytest.raises(ValueError, match="--select full keeps all"):
-        run("out", "--select", "full", rule=my_rule)
+        run("out", "--select", "full", method=my_rule)
 
 
 def test_an_ordinary_token_that_ends_a_response_gets_a_warning(capsys):
@@ -2088,14 +2088,14 @@ def test_a_rule_that_gives_no_number_for_a_position_is_refused(run, wrong):
         return scores["entropy"][:, 1:]
 
     with pytest.raises(ValueError, match="^my_rule (must|ranks).* returned"):
-        run("out", rule=my_rule)
+        run("out", method=my_rule)
 
 
 def test_ranks_that_are_all_alike_get_a_warning(run, capsys):
     def my_rule(scores, mask):
         return torch.ones_like(scores["entropy"])
 
-    run("out", "--steps", 1, rule=my_rule)
+    run("out", "--steps", 1, method=my_rule)
     says = "warning: my_rule ranks all positions alike, so the first ones are kept"
     assert says in capsys.readouterr().err
     run("full", "--steps", 1, "--select", "full")
@@ -2123,7 +2123,7 @@ def test_a_rule_of_your_own_ranks_the_positions_and_is_named_in_the_summary(
         return mask.cumsum(-1)
 
     monkeypatch.setattr(opd, "update", update)
-    run("out", "--budget", 0.5, rule=latest_first)
+    run("out", "--budget", 0.5, method=latest_first)
     assert summary_of(tmp_path / "out")["args"]["select"] == "latest_first"
     for mask, keep in kept:
         assert torch.equal(keep, opd.select(mask.cumsum(-1), mask, 0.5))
@@ -5125,8 +5125,8 @@ def test_a_rule_with_the_name_of_another_is_refused(run):
     def entropy(scores, mask):
         return scores["entropy"]
 
-    with pytest.raises(ValueError, match="there is a rule entropy already"):
-        run("out", rule=entropy)
+    with pytest.raises(ValueError, match="there is a method entropy already"):
+        run("out", method=entropy)
 
 
 def commands_of_the_readme():  # -> [(program, its flags)], with variables replaced

@@ -81,9 +81,9 @@ def train(variant, seed):
 
     opd.update = update_on
     flags = {"select": "divergence", "seed": seed, "out": FOLDER / f"{variant}-{seed}"}
-    rule = None
+    method = None
     if variant == "no-gets":
-        rule = divergence_without_gets
+        method = divergence_without_gets
     if variant.startswith("sgd"):
         torch.optim.AdamW = sgd
         flags["lr"] = 0.1
@@ -92,7 +92,7 @@ def train(variant, seed):
     argv = []
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
-    opd.main(opd.parse_args(argv), rule, measure_more)
+    opd.main(opd.parse_args(argv), method, measure_more)
 
 
 def show(variant):
