@@ -56,16 +56,24 @@ def print_report_tables(folders):
         print_table(table["title"], first_row, rows)
 
 
-def regression(folder, without):  # -> {name: estimate} of the slopes, and of the gap
-    """The decomposition in reverse KL at K = 16 again, perhaps without a regressor."""
+def read_positions(folder):  # -> what was measured before, and the gains: {name: [N]}
     lines = []
     for line in (folder / "positions.jsonl").read_text().splitlines():
         lines.append(json.loads(line))
     before = {}
     for name in lines[0]["before"]:
         before[name] = np.array([line["before"][name] for line in lines])
+    gains = {}
+    for name in lines[0]["gain"]:
+        gains[name] = np.array([line["gain"][name] for line in lines])
+    return before, gains
+
+
+def regression(folder, without):  # -> {name: estimate} of the slopes, and of the gap
+    """The decomposition in reverse KL at K = 16 again, perhaps without a regressor."""
+    before, gains = read_positions(folder)
     before = diagnose.at_k(before, 16)
-    gain = np.array([line["gain"]["reverse_kl"] for line in lines])
+    gain = gains["reverse_kl"]
 
     names = [name for name in diagnose.REGRESSORS if name != without]
     regressors = diagnose.make_regressors(diagnose.make_features(before), names)

@@ -14,6 +14,7 @@ import numpy as np
 sys.path.insert(0, ".")
 import diagnose
 import opd
+import tables
 
 PAGE = """<!doctype html><meta charset="utf-8"><style>{style}
 body {{ padding: 0.5rem 1rem; }}</style>
@@ -30,15 +31,7 @@ def main(folder, number):
     prompt = prompts[-args["eval_prompts"] :][number]
     tokenizer = opd.transformers.AutoTokenizer.from_pretrained(args["student"])
 
-    lines = []
-    for line in (folder / "positions.jsonl").read_text().splitlines():
-        lines.append(json.loads(line))
-    before = {}
-    for name in lines[0]["before"]:
-        before[name] = np.array([line["before"][name] for line in lines])
-    gains = {}
-    for name in lines[0]["gain"]:
-        gains[name] = np.array([line["gain"][name] for line in lines])
+    before, gains = tables.read_positions(folder)
     before = diagnose.at_k(before, args["top_k"])
     before["context"] = np.where(before["context"] == number, 0, -1)  # the first, alone
 
