@@ -588,8 +588,37 @@ def rank_correlations(before, gains, args):  # -> rows
 # ======================================================================================
 
 
+# What stands below each table, in the terminal and on the page.
+READINGS = {
+    "kept": "Of all contexts together, equally many for each method; full keeps all. "
+    "Of equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
+    "explain": "Slopes: by how many standard deviations the gain rises with one more "
+    "of a part of D, the other part and three controls unchanged. gap = learnable - "
+    "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. R2: the "
+    "share of the gain that is explained, with D in two parts and unsplit.",
+    "thirds": "Mean gain of the positions with entropy at most, and D at least, its "
+    "median, in three equal groups, from the lowest C to the highest. If the last row "
+    "is above 0, more is gained where the teacher's advice is more compatible.",
+    "leak": "C before: as in the other tables. C after is a leak: by then, what was "
+    "learned stands in the trained student's top K, so C knows what it is asked to "
+    "predict. Only C before can choose positions. most - least: as in Q3 above.",
+    "correlations": "Spearman's: 1 if a quantity orders positions by gain, 0 if it is "
+    "unrelated.",
+    "kept less": "As above, for a smaller budget.",
+    "tokens": "Its most frequent tokens, and their share.",
+    "quarters": "Mean gain, from the quarter with the least of it to that with the "
+    "most.",
+    "other k": "As above, with another number of top tokens.",
+}
+
+
 def make_table(title, reading, rows, printed=False):
-    return {"title": title, "reading": reading, "rows": rows, "printed": printed}
+    return {
+        "title": title,
+        "reading": READINGS[reading],
+        "rows": rows,
+        "printed": printed,
+    }
 
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
@@ -606,82 +635,50 @@ def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of t
 
 
 def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
-    tables = [
-        make_table(
-            f"Mean gain of the 10% that each method would keep, K={k}",
-            "Of all contexts together, equally many for each method; full keeps all. "
-            "Of equal ranks the earlier are kept: the top 5 % of entropy, D or C are "
-            "all 1.",
-            gain_of_kept(before, gains, 0.1, args),
-            printed=True,
-        ),
-        make_table(
-            f"What explains the gain? K={k}",
-            "Slopes: by how many standard deviations the gain rises with one more of a "
-            "part of D, the other part and three controls unchanged. gap = learnable - "
-            "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. "
-            "R2: the share of the gain that is explained, with D in two parts and "
-            "unsplit.",
-            explain(before, gains, args),
-            printed=True,
-        ),
-        make_table(
-            f"Sure, yet in disagreement (the paper's Q3), K={k}",
-            "Mean gain of the positions with entropy at most, and D at least, its "
-            "median, in three equal groups, from the lowest C to the highest. If the "
-            "last row is above 0, more is gained where the teacher's advice is more "
-            "compatible.",
-            compare_thirds(before, gains, args),
-            printed=True,
-        ),
-        make_table(
-            f"If C were measured after training, K={k}",
-            "C before: as in the other tables. C after is a leak: by then, what was "
-            "learned stands in the trained student's top K, so C knows what it is "
-            "asked to predict. Only C before can choose positions. most - least: as in "
-            "Q3 above.",
-            leak(before, after, gains, args),
-            printed=True,
-        ),
-        make_table(
-            f"Rank correlation with the gain, K={k}",
-            "Spearman's: 1 if a quantity orders positions by gain, 0 if it is "
-            "unrelated.",
-            rank_correlations(before, gains, args),
-        ),
-    ]
+    title = f"Mean gain of the 10% that each method would keep, K={k}"
+    rows = gain_of_kept(before, gains, 0.1, args)
+    tables = [make_table(title, "kept", rows, printed=True)]
+
+    title = f"What explains the gain? K={k}"
+    rows = explain(before, gains, args)
+    tables.append(make_table(title, "explain", rows, printed=True))
+
+    title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
+    rows = compare_thirds(before, gains, args)
+    tables.append(make_table(title, "thirds", rows, printed=True))
+
+    title = f"If C were measured after training, K={k}"
+    rows = leak(before, after, gains, args)
+    tables.append(make_table(title, "leak", rows, printed=True))
+
+    title = f"Rank correlation with the gain, K={k}"
+    rows = rank_correlations(before, gains, args)
+    tables.append(make_table(title, "correlations", rows))
+
     for budget in (0.03, 0.05):
-        table = make_table(
-            f"Mean gain of the {budget:.0%} that each method would keep, K={k}",
-            "As above, for a smaller budget.",
-            gain_of_kept(before, gains, budget, args),
-        )
-        tables.append(table)
-    table = make_table(
-        f"What each method would keep at 10%, K={k}",
-        "Its most frequent tokens, and their share.",
-        kept_tokens(before, 0.1, args.seed, decode),
-    )
-    tables.append(table)
+        title = f"Mean gain of the {budget:.0%} that each method would keep, K={k}"
+        rows = gain_of_kept(before, gains, budget, args)
+        tables.append(make_table(title, "kept less", rows))
+
+    title = f"What each method would keep at 10%, K={k}"
+    rows = kept_tokens(before, 0.1, args.seed, decode)
+    tables.append(make_table(title, "tokens", rows))
+
     for part in ("learnable", "incompatible"):
-        table = make_table(
-            f"Sure, yet in disagreement, by quarters of its {part} part, K={k}",
-            "Mean gain, from the quarter with the least of it to that with the most.",
-            compare_quarters(before, gains, part, args),
-        )
-        tables.append(table)
+        title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
+        rows = compare_quarters(before, gains, part, args)
+        tables.append(make_table(title, "quarters", rows))
     return tables
 
 
 def tables_at_other(k, before, after, gains, args):  # -> a list of tables
-    as_above = "As above, with another number of top tokens."
     explained = explain(before, gains, args)
     leaked = leak(before, after, gains, args)
     thirds = compare_thirds(before, gains, args)
     return [
-        make_table(f"What explains the gain? K={k}", as_above, explained),
-        make_table(f"If C were measured after training, K={k}", as_above, leaked),
-        make_table(f"Sure, yet in disagreement, K={k}", as_above, thirds),
+        make_table(f"What explains the gain? K={k}", "other k", explained),
+        make_table(f"If C were measured after training, K={k}", "other k", leaked),
+        make_table(f"Sure, yet in disagreement, K={k}", "other k", thirds),
     ]
 
 
