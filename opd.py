@@ -421,7 +421,7 @@ def train_step(
             ranks = method(scores, batch.mask)
         else:
             ranks = rank(method, scores, batch.mask, generator)
-        check_ranks(method, ranks, batch.mask)
+        check_ranks(method, ranks, batch.mask)  # in part 4, too
 
         # 4. Select.
         keep = select(ranks, batch.mask, budget)

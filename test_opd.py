@@ -6,7 +6,7 @@ numbers worked out by hand. In this order (the first three to learn from, the ot
 look things up):
 
   the plain step, and an example of three tokens
-  grading: a function that is not written yet
+  grading an assignment, and helpers for it
   the mathematics, function by function; it grades the assignment
   helpers: tiny models, prompts, runs of the program
   the step: rollout, the end of a response, scores, gradient
