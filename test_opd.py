@@ -5136,6 +5136,22 @@ def commands_of_the_readme():  # -> [(program, its flags)], with variables repla
     return re.findall(r"(?:python|bash) (\S+\.(?:py|sh))([^`|&;>#\n]*)", text)
 
 
+def test_the_lines_of_the_readme_for_a_copy_of_rank_work():
+    lines = README.split("In a copy of `opd.py`", 1)[1].split("\n\n")[1]
+    refusal = "    raise ValueError("
+    source = inspect.getsource(opd.rank)
+    assert source.count(refusal) == 1
+    names = dict(vars(opd))
+    exec(source.replace(refusal, f"{lines}\n{refusal}"), names)
+
+    scores, mask = grids()
+    scores["teacher_entropy"] = torch.linspace(0, 0.2, mask.numel()).view(mask.shape)
+    expected = opd.rank("teachability", scores, mask)
+    expected[scores["teacher_entropy"] >= 0.1] = 0
+    assert torch.equal(names["rank"]("teacher_is_sure", scores, mask), expected)
+    assert 0 < (expected > 0).sum() < mask.sum()
+
+
 def test_every_command_and_flag_of_the_readme_is_understood_and_every_file_there():
     parsers = {"opd.py": opd.parse_args, "diagnose.py": diagnose.parse_args}
     found = commands_of_the_readme()
