@@ -328,10 +328,10 @@ def simple_step(
 
     # 5. Update. The scores have no gradient, so the KL is computed once more.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
+    optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad()
     return loss.item()
 
 
@@ -646,6 +646,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     if number_kept == 0:
         raise ValueError("no position is kept: there is nothing to train on")
 
+    optimizer.zero_grad()  # what a notebook may have left there would be added
     mean_loss = 0.0
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)

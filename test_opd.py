@@ -2065,6 +2065,19 @@ def test_no_training_adds_to_the_log_of_another(store, tmp_path):
     assert (tmp_path / "out" / "log.jsonl").read_text() == log
 
 
+def test_gradients_that_were_left_behind_change_no_update(store):
+    norms = []
+    for left_behind in (False, True):
+        pair = load(store)
+        batch = draw(pair)
+        if left_behind:
+            opd.hidden_states(pair.student, batch).square().sum().backward()
+        optimizer = torch.optim.SGD(pair.student.parameters(), lr=0.1)
+        _, norm = step_of(pair, optimizer, batch, batch.mask, "reverse_kl", 2)
+        norms.append(norm)
+    assert norms[0] == norms[1] > 0
+
+
 def test_an_update_with_no_position_kept_is_refused(store):
     pair = load(store)
     batch = draw(pair)
@@ -5004,10 +5017,12 @@ def run_plainly(block, pair, prompt, names):
     names = {"student": pair.student, "teacher": pair.teacher, **names}
     names["optimizer"] = torch.optim.SGD(pair.student.parameters(), lr=1.0)
     was = flat([w.detach().clone() for w in pair.student.parameters()])
+    for w in pair.student.parameters():
+        w.grad = torch.ones_like(w)  # left behind by something else: it may not count
     torch.manual_seed(3)
     exec(block, names)
     fell = was - flat([w.detach() for w in pair.student.parameters()])
-    assert all(w.grad is None for w in pair.student.parameters())
+    pair.student.zero_grad()
     with torch.no_grad():  # as it was, for the program's step
         start = 0
         for w in pair.student.parameters():
