@@ -18,8 +18,8 @@ One training step:
               one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
-Read parts 1 to 3 from top to bottom. In part 2, `simple_step` is the whole method in
-thirty lines; `train_step` is what the program runs. Parts 4 to 6 can wait: models,
+Read parts 1 to 3 from top to bottom. In part 2, `simple_step` is the whole method on
+one page; `train_step` is what the program runs. Parts 4 to 6 can wait: models,
 prompts and files, the demo's world, the command line.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
@@ -665,12 +665,11 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 
     norm = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
     if not math.isfinite(mean_loss) or not math.isfinite(norm):
-        optimizer.zero_grad()
         raise FloatingPointError(
             f"loss {mean_loss}, gradient norm {norm}: no step was taken; lower --lr"
         )
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # gives their memory back until the next update
     return mean_loss, norm
 
 

@@ -1,6 +1,6 @@
 """Where does the gradient of the demo come from, before training?
 
-Of what two rules keep in one batch of 48 responses: the word "gets" and all other tokens,
+Of what two methods keep in one batch of 48 responses: the word "gets" and all other tokens,
 with the mean loss, the mean norm of the gradient on the logits, and the norm of their
 part of the gradient on the student's weights. From the project's folder:
 
@@ -40,6 +40,8 @@ def main():
         (on_logits,) = torch.autograd.grad(losses.sum(), p, retain_graph=True)
 
         is_gets = batch.responses[keep] == gets
+        texts = [pair.tokenizer.decode(token) for token in batch.responses[keep]]
+        are_hours = torch.tensor([text.strip().isdigit() for text in texts])
         for name, these in (("gets", is_gets), ("others", ~is_gets)):
             on_weights = torch.autograd.grad(
                 losses[these].sum() / len(losses),
@@ -50,7 +52,7 @@ def main():
                 f"{method}, {name}: {these.float().mean():.0%} of what is kept, "
                 f"loss {losses[these].mean():.2f}, gradient on the logits "
                 f"{on_logits[these].norm(dim=-1).mean():.4f}, on the weights "
-                f"{norm(on_weights):.3f}"
+                f"{norm(on_weights):.3f}; {are_hours[these].float().mean():.0%} are hours"
             )
         print(
             f"   p(gets) {p[is_gets].softmax(-1)[:, gets].mean():.4f}, "
