@@ -2019,6 +2019,31 @@ def test_prompts_without_an_answer_are_evaluated_without_accuracy(store, tmp_pat
     assert "accuracy" not in means and means["mean_length"] >= 1
 
 
+def test_each_flag_of_a_step_reaches_it(run, monkeypatch):
+    handed = {}
+    real = opd.train_step
+
+    def recorded(pair, optimizer, prompts, **settings):
+        handed.update(settings)
+        return real(pair, optimizer, prompts, **settings)
+
+    monkeypatch.setattr(opd, "train_step", recorded)
+    expected = {
+        "--select": ("method", "tip"),
+        "--top-k": ("k", 5),
+        "--budget": ("budget", 0.5),
+        "--loss": ("loss_name", "sampled"),
+        "--max-new-tokens": ("max_new_tokens", 7),
+        "--micro-batch-size": ("micro_batch_size", 3),
+    }
+    given = []
+    for flag, (_, value) in expected.items():
+        given += [flag, value]
+    run("out", "--steps", 1, *given)
+    for name, value in expected.values():
+        assert handed[name] == value
+
+
 def test_each_step_of_each_seed_draws_anew(run, monkeypatch):
     seeds = []
     real = opd.train_step
