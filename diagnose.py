@@ -112,62 +112,21 @@ def sample_contexts(pair, prompts, args):  # -> [opd.Rollout]
     return batches
 
 
-def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
-    p = student_logits.float().softmax(-1)
-    q = teacher_logits.float().softmax(-1)
-    return torch.minimum(p, q).sum(-1)
-
-
-def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
-    """All that is measured at n positions, in nats except for overlap and C.
-
-    D and C for each K of `ks`. The five likeliest tokens of either model, [n, 5], are
-    for the page.
-    """
-    five = min(5, student_logits.shape[-1])
-    measured = {
-        "token": tokens,
-        "forward_kl": opd.forward_kl(student_logits, teacher_logits),
-        "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
-        "overlap": overlap(student_logits, teacher_logits),
-        "entropy": opd.entropy(student_logits),
-        "teacher_entropy": opd.entropy(teacher_logits),
-        "student_choices": student_logits.topk(five).indices,
-        "teacher_choices": teacher_logits.topk(five).indices,
-    }
-    for k in ks:
-        D = opd.divergence(student_logits, teacher_logits, k)
-        C = opd.compatibility(student_logits, teacher_logits, k)
-        measured[f"divergence_{k}"] = D
-        measured[f"compatibility_{k}"] = C
-    return measured
-
-
-def locate(mask):  # [B, R] bool -> [B, R] twice
-    """Where a position stands: in which response, and how far into it, from 0 to 1."""
-    response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    tokens_before = mask.cumsum(-1) - 1
-    length = mask.sum(-1, keepdim=True)
-    progress = tokens_before.double() / (length - 1).clamp(min=1)
-    return response, progress
-
-
 def measure_contexts(pair, batches, args):  # -> {name: [N]}
-    """`measure_chunk`, and "context" and "progress" from `locate`.
+    """What `measure_chunk` measures, and "context" and "progress" from `locate`.
 
     The N positions come context by context, left to right.
     """
+
+    def measure_fn(student_logits, teacher_logits, tokens, k):
+        # In place of one k all of them, so that the models read the text only once.
+        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
+
     parts = defaultdict(list)
     first_context = 0  # of the batch
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        scores, _ = opd.score(
-            pair,
-            batch,
-            k=args.ks,  # several: `measure_chunk` gets them as they are
-            micro_batch_size=args.micro_batch_size,
-            measure_fn=measure_chunk,
-        )
+        size = args.micro_batch_size
+        scores, _ = opd.score(pair, batch, micro_batch_size=size, measure_fn=measure_fn)
         response, progress = locate(batch.mask)
         scores["context"] = first_context + response
         scores["progress"] = progress
@@ -182,6 +141,51 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
             values = values.astype(np.float64)  # for long sums
         measured[name] = values
     return measured
+
+
+def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
+    """All that is measured at n positions, in nats except for overlap and C.
+
+    D and C for each K of `ks`. The five likeliest tokens of either model are for the
+    page.
+    """
+    measured = {
+        "token": tokens,
+        "forward_kl": opd.forward_kl(student_logits, teacher_logits),
+        "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
+        "overlap": overlap(student_logits, teacher_logits),
+        "entropy": opd.entropy(student_logits),
+        "teacher_entropy": opd.entropy(teacher_logits),
+    }
+    for k in ks:
+        D = opd.divergence(student_logits, teacher_logits, k)
+        C = opd.compatibility(student_logits, teacher_logits, k)
+        measured[f"divergence_{k}"] = D
+        measured[f"compatibility_{k}"] = C
+
+    five = min(5, student_logits.shape[-1])
+    student_top = student_logits.topk(five).indices  # [n, 5]
+    teacher_top = teacher_logits.topk(five).indices
+    for i in range(five):
+        measured[f"student_choice_{i + 1}"] = student_top[:, i]
+        measured[f"teacher_choice_{i + 1}"] = teacher_top[:, i]
+    return measured
+
+
+def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
+    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
+    p = student_logits.float().softmax(-1)
+    q = teacher_logits.float().softmax(-1)
+    return torch.minimum(p, q).sum(-1)
+
+
+def locate(mask):  # [B, R] bool -> [B, R] twice
+    """Where a position stands: in which response, and how far into it, from 0 to 1."""
+    response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    tokens_before = mask.cumsum(-1) - 1
+    length = mask.sum(-1, keepdim=True)
+    progress = tokens_before.double() / (length - 1).clamp(min=1)
+    return response, progress
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
@@ -207,20 +211,55 @@ def gains_of(before, after):  # -> {measure: [N]}
     }
 
 
-def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
-    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
+# ======================================================================================
+# 2. The first table: how much do the positions gain that each method would keep?
+#
+#    From here on, `before` and `after` are what `measure_contexts` returned, with D and
+#    C of one K (`at_k`): {name: [N]}. And `gains` is {measure: [N]}. Each table is made
+#    by one function, which stands before those that it calls. It returns the table's
+#    rows, {row: {column: cell}}; a cell is a number with its interval.
+# ======================================================================================
 
-    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
-    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
+
+def at_k(measured, k):  # {name: [N]} -> {name: [N]}
+    """With this K's D and C under the names "divergence" and "compatibility".
+
+    So the functions below need not know which K it is.
     """
-    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
-    low, high = np.quantile(share, [0.01, 0.99])
-    return {**gains, "relative": np.clip(share, low, high)}
+    return {
+        **measured,
+        "divergence": measured[f"divergence_{k}"],
+        "compatibility": measured[f"compatibility_{k}"],
+    }
 
 
-# ======================================================================================
-# 2. Statistics, in plain numpy
-# ======================================================================================
+def gain_of_kept(before, gains, budget, args):  # -> rows
+    """Mean gain of what each method would keep, at the same count for all."""
+    kept = {}
+    for method in opd.METHODS:
+        kept[method] = kept_by(method, before, budget, args.seed)
+
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(group_means(gains, kept, positions))
+    return with_intervals(tables)
+
+
+def kept_by(method, before, budget, seed):  # -> [N] bool
+    """What `method` would keep of all contexts, as opd.py does it in a batch.
+
+    Here all contexts stand in one row, as if they were one response. So opd.select adds
+    no position for a response that has none, and the count is the same for all methods.
+    """
+    scores = {}
+    for name in ("entropy", "divergence", "compatibility"):
+        scores[name] = torch.tensor(before[name])[None]  # [1, N]
+    mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
+    if method == "full":
+        return mask[0].numpy()
+    generator = torch.Generator().manual_seed(seed)  # for "random"
+    ranks = opd.rank(method, scores, mask, generator)
+    return opd.select(ranks, mask, budget)[0].numpy()
 
 
 # How much may a number owe to chance? Had the student written other responses, it would
@@ -254,6 +293,21 @@ def draws(context, number, seed):  # [N] -> positions [n], again and again
         yield np.concatenate([positions_of[i] for i in drawn])
 
 
+def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
+    """The mean of each outcome over those of the positions that belong to each group.
+
+    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
+    """
+    means = {}
+    for label, member in groups.items():
+        is_inside = member[positions]  # of the drawn positions, which belong to it
+        own = positions[is_inside]
+        means[label] = {}
+        for name, values in outcomes.items():
+            means[label][name] = values[own].mean() if len(own) else np.nan
+    return means
+
+
 def with_intervals(tables):
     """The first table, each of its numbers with a 95 % interval from all the others.
 
@@ -279,97 +333,39 @@ def with_intervals(tables):
     return rows
 
 
-def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
-    """The mean of each outcome over those of the positions that belong to each group.
-
-    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
-    """
-    means = {}
-    for label, member in groups.items():
-        is_inside = member[positions]  # of the drawn positions, which belong to it
-        own = positions[is_inside]
-        means[label] = {}
-        for name, values in outcomes.items():
-            means[label][name] = values[own].mean() if len(own) else np.nan
-    return means
-
-
-def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
-    """outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
-    X = np.column_stack([np.ones(len(outcome)), *regressors.values()])
-    # The normal equations, X'X b = X'y. They are solved thousands of times, and this is
-    # four times faster than lstsq(X, outcome). (Not by `solve`, which fails if a
-    # regressor happens to be constant in a draw.)
-    b = np.linalg.lstsq(X.T @ X, X.T @ outcome, rcond=None)[0]
-    return dict(zip(regressors, b[1:]))  # without the intercept
-
-
-def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
-    """How much of the outcome's variance do the regressors explain?"""
-    fitted = 0.0  # without the intercept, which does not change its variance
-    for name, slope in least_squares(regressors, outcome).items():
-        fitted = fitted + slope * regressors[name]
-    return fitted.var() / max(outcome.var(), 1e-12)
-
-
-def correlation(x, y):  # [n], [n] -> number
-    """Pearson's correlation; of a constant, 0."""
-    x = x - x.mean()
-    y = y - y.mean()
-    scale = np.sqrt((x**2).sum() * (y**2).sum())
-    return (x * y).sum() / max(scale, 1e-12)
-
-
-def zscore(values):  # [N] -> [N]
-    """Rescaled to mean 0 and variance 1; a constant becomes zeros."""
-    return (values - values.mean()) / max(values.std(), 1e-12)
-
-
-def mean_ranks(values):  # [N] -> [N]
-    """1 for the lowest value; equal values share the mean of their ranks.
-
-    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
-    """
-    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(equals)  # the last rank of each level of values
-    mean = last - (equals - 1) / 2
-    return mean[level]
-
-
-def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
-    """Groups of equal size, one for each label, from the lowest values to the highest.
-
-    Only positions `inside` belong to one. With values 5, 1, 9, 3, 7, of which the last
-    is outside, two groups are {1, 3} and {5, 9}.
-    """
-    positions = np.flatnonzero(inside)
-    ascending = positions[np.argsort(values[positions], kind="stable")]
-    groups = {}
-    for label, own in zip(labels, np.array_split(ascending, len(labels))):
-        groups[label] = np.zeros(len(values), dtype=bool)
-        groups[label][own] = True
-    return groups
-
-
 # ======================================================================================
-# 3. Analysis. Each function makes the rows of one table, {row: {column: cell}}. A cell
-#    is a number with its interval, a number or a text.
-#
-#    Here `before` and `after` are what `measure_contexts` returned, {name: [N]}, with D
-#    and C of one K (`at_k`), and `gains` is {measure: [N]}.
+# 3. The second table: which part of the disagreement explains the gain?
 # ======================================================================================
 
 
-def at_k(measured, k):  # {name: [N]} -> {name: [N]}
-    """With this K's D and C under the names "divergence" and "compatibility".
+def explain(before, gains, args):  # -> rows
+    """Which part of the disagreement goes with the gain, learnable or incompatible?
 
-    So the functions below need not know which K it is.
+    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
+    says: with one standard deviation more of this regressor, and the others unchanged,
+    the gain is .3 standard deviations higher.
     """
-    return {
-        **measured,
-        "divergence": measured[f"divergence_{k}"],
-        "compatibility": measured[f"compatibility_{k}"],
-    }
+    outcomes = {}
+    for name, gain in with_relative(gains, before).items():
+        outcomes[name] = zscore(gain)
+    features = make_features(before)
+    regressors = make_regressors(features, REGRESSORS)
+
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(slopes_and_gap(regressors, outcomes, positions))
+    return with_intervals(tables)
+
+
+def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
+    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
+
+    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
+    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
+    """
+    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
+    low, high = np.quantile(share, [0.01, 0.99])
+    return {**gains, "relative": np.clip(share, low, high)}
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -397,54 +393,10 @@ def make_features(before):  # {name: [N]} -> {name: [N]}
     }
 
 
-def kept_by(method, before, budget, seed):  # -> [N] bool
-    """What `method` would keep of all contexts, as opd.py does it in a batch.
-
-    Here all contexts stand in one row, as if they were one response. So opd.select adds
-    no position for a response that has none, and the count is the same for all methods.
-    """
-    scores = {}
-    for name in ("entropy", "divergence", "compatibility"):
-        scores[name] = torch.tensor(before[name])[None]  # [1, N]
-    mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
-    if method == "full":
-        return mask[0].numpy()
-    generator = torch.Generator().manual_seed(seed)  # for "random"
-    ranks = opd.rank(method, scores, mask, generator)
-    return opd.select(ranks, mask, budget)[0].numpy()
-
-
-def gain_of_kept(before, gains, budget, args):  # -> rows
-    """Mean gain of what each method would keep, at the same count for all."""
-    kept = {}
-    for method in opd.METHODS:
-        kept[method] = kept_by(method, before, budget, args.seed)
-
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(group_means(gains, kept, positions))
-    return with_intervals(tables)
-
-
-def kept_tokens(before, budget, seed, decode):  # -> rows
-    """The five tokens that each method keeps most often, with their share."""
-    rows = {}
-    for method in opd.METHODS:
-        tokens = before["token"][kept_by(method, before, budget, seed)]
-        texts = []
-        for token, count in Counter(tokens.tolist()).most_common(5):
-            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
-        rows[method] = {"tokens": ", ".join(texts)}
-    return rows
-
-
 # What the gain is predicted from: the two parts of D, which are in question, and three
 # controls, as in the paper. (An unsure student, say, or an early position may gain more
 # whatever the teacher wants, and the two parts must not get the credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
-# The paper's baseline: D as a whole, also in product with the entropy. If that explains
-# as much, the split is worth nothing.
-UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
 def make_regressors(features, names):  # {name: [N]} -> {name: [N]}
@@ -463,36 +415,16 @@ def make_regressors(features, names):  # {name: [N]} -> {name: [N]}
     return regressors
 
 
-def explain(before, gains, args):  # -> rows
-    """Which part of the disagreement goes with the gain, learnable or incompatible?
-
-    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
-    says: with one standard deviation more of this regressor, and the others unchanged,
-    the gain is .3 standard deviations higher.
-    """
-    outcomes = {}
-    for name, gain in with_relative(gains, before).items():
-        outcomes[name] = zscore(gain)
-    features = make_features(before)
-    regressors = make_regressors(features, REGRESSORS)
-
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(slopes_and_gap(regressors, outcomes, positions))
-    rows = with_intervals(tables)
-
-    unsplit = make_regressors(features, UNSPLIT)
-    for name, outcome in outcomes.items():
-        rows[name]["R2"] = float(r_squared(regressors, outcome))
-        rows[name]["R2 unsplit"] = float(r_squared(unsplit, outcome))
-    return rows
+def zscore(values):  # [N] -> [N]
+    """Rescaled to mean 0 and variance 1; a constant becomes zeros."""
+    return (values - values.mean()) / max(values.std(), 1e-12)
 
 
 def slopes_and_gap(regressors, outcomes, positions):  # -> {outcome: {column: number}}
-    chosen = {name: values[positions] for name, values in regressors.items()}
+    drawn = at_positions(regressors, positions)
     table = {}
     for name, outcome in outcomes.items():
-        slopes = least_squares(chosen, outcome[positions])
+        slopes = least_squares(drawn, outcome[positions])
         table[name] = {
             "learnable": slopes["learnable"],
             "incompatible": slopes["incompatible"],
@@ -501,13 +433,24 @@ def slopes_and_gap(regressors, outcomes, positions):  # -> {outcome: {column: nu
     return table
 
 
-def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Entropy at most, and D at least, its median. (Entropy and D, each split at its
-    median, make four quadrants; the paper numbers this one Q3.)
-    """
-    sure = features["entropy"] <= np.median(features["entropy"])
-    in_disagreement = features["D"] >= np.median(features["D"])
-    return sure & in_disagreement
+def at_positions(arrays, positions):  # {name: [N]}, [n] -> {name: [n]}
+    return {name: array[positions] for name, array in arrays.items()}
+
+
+def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
+    """outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
+    X = np.column_stack([np.ones(len(outcome)), *regressors.values()])
+    # The normal equations, X'X b = X'y. They are solved thousands of times, and this is
+    # four times faster than lstsq(X, outcome). (Not by `solve`, which fails if a
+    # regressor happens to be constant in a draw.)
+    b = np.linalg.lstsq(X.T @ X, X.T @ outcome, rcond=None)[0]
+    return dict(zip(regressors, b[1:]))  # without the intercept
+
+
+# ======================================================================================
+# 4. Two more tables that are printed: one on positions where the student is sure, and
+#    one on a mistake, C from after training
+# ======================================================================================
 
 
 def compare_thirds(before, gains, args):  # -> rows
@@ -528,16 +471,28 @@ def compare_thirds(before, gains, args):  # -> rows
     return with_intervals(tables)
 
 
-def compare_quarters(before, gains, part, args):  # -> rows
-    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
-    features = make_features(before)
-    labels = ("lowest quarter", "second", "third", "highest")
-    quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
+def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
+    """Entropy at most, and D at least, its median. (Entropy and D, each split at its
+    median, make four quadrants; the paper numbers this one Q3.)
+    """
+    sure = features["entropy"] <= np.median(features["entropy"])
+    in_disagreement = features["D"] >= np.median(features["D"])
+    return sure & in_disagreement
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(group_means(gains, quarters, positions))
-    return with_intervals(tables)
+
+def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
+    """Groups of equal size, one for each label, from the lowest values to the highest.
+
+    Only positions `inside` belong to one. With values 5, 1, 9, 3, 7, of which the last
+    is outside, two groups are {1, 3} and {5, 9}.
+    """
+    positions = np.flatnonzero(inside)
+    ascending = positions[np.argsort(values[positions], kind="stable")]
+    groups = {}
+    for label, own in zip(labels, np.array_split(ascending, len(labels))):
+        groups[label] = np.zeros(len(values), dtype=bool)
+        groups[label][own] = True
+    return groups
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -562,6 +517,45 @@ def leak(before, after, gains, args):  # -> rows
     return rows
 
 
+# ======================================================================================
+# 5. Tables for the page alone
+# ======================================================================================
+
+
+# The paper's baseline: D as a whole, also in product with the entropy. If that explains
+# as much, the split is worth nothing.
+UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
+
+
+def explained_shares(before, gains, args):  # -> rows
+    """R2 with D in its two parts, and with D unsplit: does the split explain more?"""
+    outcomes = with_relative(gains, before)
+    features = make_features(before)
+    split = make_regressors(features, REGRESSORS)
+    unsplit = make_regressors(features, UNSPLIT)
+
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        split_drawn = at_positions(split, positions)
+        unsplit_drawn = at_positions(unsplit, positions)
+        table = {}
+        for name, outcome in outcomes.items():
+            table[name] = {
+                "learnable, incompatible": r_squared(split_drawn, outcome[positions]),
+                "D, entropy * D": r_squared(unsplit_drawn, outcome[positions]),
+            }
+        tables.append(table)
+    return with_intervals(tables)
+
+
+def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
+    """How much of the outcome's variance do the regressors explain?"""
+    fitted = 0.0  # without the intercept, which does not change its variance
+    for name, slope in least_squares(regressors, outcome).items():
+        fitted = fitted + slope * regressors[name]
+    return fitted.var() / max(outcome.var(), 1e-12)
+
+
 def rank_correlations(before, gains, args):  # -> rows
     """What orders the positions as their gains do? Ranked once, before the draws."""
     features = make_features(before)
@@ -583,19 +577,63 @@ def rank_correlations(before, gains, args):  # -> rows
     return with_intervals(tables)
 
 
+def mean_ranks(values):  # [N] -> [N]
+    """1 for the lowest value; equal values share the mean of their ranks.
+
+    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
+    """
+    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(equals)  # the last rank of each level of values
+    mean = last - (equals - 1) / 2
+    return mean[level]
+
+
+def correlation(x, y):  # [n], [n] -> number
+    """Pearson's correlation; of a constant, 0."""
+    x = x - x.mean()
+    y = y - y.mean()
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return (x * y).sum() / max(scale, 1e-12)
+
+
+def compare_quarters(before, gains, part, args):  # -> rows
+    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
+    features = make_features(before)
+    labels = ("lowest quarter", "second", "third", "highest")
+    quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
+
+    tables = []
+    for positions in draws(before["context"], args.bootstrap, args.seed):
+        tables.append(group_means(gains, quarters, positions))
+    return with_intervals(tables)
+
+
+def kept_tokens(before, budget, seed, decode):  # -> rows
+    """The five tokens that each method keeps most often, with their share."""
+    rows = {}
+    for method in opd.METHODS:
+        tokens = before["token"][kept_by(method, before, budget, seed)]
+        texts = []
+        for token, count in Counter(tokens.tolist()).most_common(5):
+            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
+        rows[method] = {"tokens": ", ".join(texts)}
+    return rows
+
+
 # ======================================================================================
-# 4. The report: the same tables for the terminal, the files and the page
+# 6. The report: the same tables for the terminal, the files and the page
 # ======================================================================================
 
 
 # What stands below each table, in the terminal and on the page.
 READINGS = {
-    "kept": "Of all contexts together, equally many for each method; full keeps all. "
+    "kept": "Of all contexts together, equally many for each method, whatever --budget "
+    "the training had; full keeps all. "
     "Of equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
     "explain": "Slopes: by how many standard deviations the gain rises with one more "
     "of a part of D, the other part and three controls unchanged. gap = learnable - "
-    "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. R2: the "
-    "share of the gain that is explained, with D in two parts and unsplit.",
+    "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. relative: "
+    "of the share of the forward KL that is gone.",
     "thirds": "Mean gain of the positions with entropy at most, and D at least, its "
     "median, in three equal groups, from the lowest C to the highest. If the last row "
     "is above 0, more is gained where the teacher's advice is more compatible.",
@@ -604,6 +642,8 @@ READINGS = {
     "predict. Only C before can choose positions. most - least: as in Q3 above.",
     "correlations": "Spearman's: 1 if a quantity orders positions by gain, 0 if it is "
     "unrelated.",
+    "shares": "R2, the share of the gain's variance that the regression explains: with "
+    "D in its two parts, and with D and its product with the entropy in their place.",
     "kept less": "As above, for a smaller budget.",
     "tokens": "Its most frequent tokens, and their share.",
     "quarters": "Mean gain, from the quarter with the least of it to that with the "
@@ -651,6 +691,10 @@ def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
     rows = leak(before, after, gains, args)
     tables.append(make_table(title, "leak", rows, printed=True))
 
+    title = f"How much of the gain is explained? K={k}"
+    rows = explained_shares(before, gains, args)
+    tables.append(make_table(title, "shares", rows))
+
     title = f"Rank correlation with the gain, K={k}"
     rows = rank_correlations(before, gains, args)
     tables.append(make_table(title, "correlations", rows))
@@ -696,10 +740,8 @@ def what_was_measured(held_out_count, before, after, args):  # -> text
 
 
 def cell_text(cell):
-    if isinstance(cell, str):
+    if isinstance(cell, str):  # a text, as in `kept_tokens`
         return cell
-    if isinstance(cell, float):
-        return f"{cell:.3f}"
     return f"{cell['value']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
 
 
@@ -782,7 +824,7 @@ def report(pair, prompts, held_out_count, before, after, args, out):
 
 
 # ======================================================================================
-# 5. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 7. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -853,8 +895,10 @@ def tooltip(i, before, gains, decode):  # -> text about position i
         numbers.append(f"gain in {name} {gain[i]:+.3f}")
     lines = [f"{text!r}   {'   '.join(numbers)}"]
     for who in ("student", "teacher"):
-        choices = before[f"{who}_choices"][i].tolist()
-        texts = [repr(decode(choice)) for choice in choices]
+        texts = []
+        for name in before:
+            if name.startswith(f"{who}_choice"):
+                texts.append(repr(decode(before[name][i].item())))
         lines.append(f"{who}: {'  '.join(texts)}")
     return "\n".join(lines)
 
@@ -934,7 +978,7 @@ token, or tap it.</p>
 
 
 # ======================================================================================
-# 6. The command line
+# 8. The command line
 # ======================================================================================
 
 

@@ -113,16 +113,17 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
 
 
 def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
-    """C = sum of q(v) over the student's top K tokens v, in [0, 1].
+    """C = sum of q(v) over the student's candidates v, its top K tokens: in [0, 1].
 
-    The share of the teacher's wishes that the student considers. ValueError for k < 1.
+    How much of what the teacher wants does the student consider? ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
-    student_top = student_logits.topk(k).indices  # [..., K]
+
+    candidates = student_logits.topk(k).indices  # [..., K]
     logq = teacher_logits.float().log_softmax(-1)  # over the full vocabulary
-    return logq.gather(-1, student_top).exp().sum(-1)
+    return logq.gather(-1, candidates).exp().sum(-1)
 
 
 def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
@@ -146,10 +147,9 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
 
     Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie. No
-    gradient goes through it. ValueError for a mask that is not bool.
+    gradient goes through it.
     """
-    if mask.dtype != torch.bool:
-        raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
+    mask = mask.bool()  # ones and zeros, as an index, would pick rows 1 and 0
     values = values.detach().float()
     valid = values[mask].cpu().numpy()  # torch.quantile refuses over 16 million values
     if len(valid) == 0:
@@ -186,34 +186,36 @@ METHODS = (
 def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B, R]
     """A number for each position, by which `method` ranks: high is kept first.
 
-    `scores` holds what `measure` returns, or at least what the method asks for.
-    "random" draws from `generator`, on the CPU. ValueError for a method that does not
-    rank, or is unknown.
+    `scores` is what `measure` returns. "random" draws from `generator`, on the CPU.
+    ValueError for a method that is unknown, and for "full", which does not rank.
     """
-    if method == "random":
-        return torch.rand(mask.shape, generator=generator).to(mask.device)
-
-    def rescaled(name):  # to [0, 1], over the batch
-        return robust_normalize(scores[name], mask)
+    H = robust_normalize(scores["entropy"], mask)
+    D = robust_normalize(scores["divergence"], mask)
+    C = robust_normalize(scores["compatibility"], mask)
 
     # The method of the paper: the learnable part of the disagreement, where the teacher
     # reweights tokens that the student considers. And the paper's variant.
     if method == "teachability":
-        return rescaled("divergence") * rescaled("compatibility")
+        return D * C
     if method == "teachability_entropy":
-        learnable = rescaled("divergence") * rescaled("compatibility")
-        return soft_or(rescaled("entropy"), learnable)
+        return soft_or(H, D * C)
 
-    # The other part of the disagreement: the teacher wants tokens that the student does
-    # not consider.
+    # The other part: the teacher wants tokens that the student does not consider.
     if method == "incompatible":
-        return rescaled("divergence") * (1 - rescaled("compatibility"))
+        return D * (1 - C)
 
     # One quantity alone. And the soft or of two, TIP, from arXiv 2604.14084.
-    if method in ("entropy", "divergence", "compatibility"):
-        return rescaled(method)
+    if method == "entropy":
+        return H
+    if method == "divergence":
+        return D
+    if method == "compatibility":
+        return C
     if method == "tip":
-        return soft_or(rescaled("entropy"), rescaled("divergence"))
+        return soft_or(H, D)
+
+    if method == "random":
+        return torch.rand(mask.shape, generator=generator).to(mask.device)
     raise ValueError(f"{method!r} does not rank; choose from {', '.join(METHODS[1:])}")
 
 
@@ -224,17 +226,16 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     response of which nothing was kept gets its best position, which may exceed the
     budget. For example, with ranks [[.9, .7, .1], [.2, .3, .8]], the last position
     padding, and budget .4: N is 5, .9 and .7 are kept, and then .3, too. ValueError for
-    other shapes, a mask that is not bool, or a budget outside (0, 1].
+    a budget outside (0, 1], and for ranks of another shape.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
+    mask = mask.bool()
     if ranks.dim() != 2 or ranks.shape != mask.shape:
         raise ValueError(
             "ranks and mask must both be [B, R] (for a single response [1, R]), got "
             f"{list(ranks.shape)} and {list(mask.shape)}"
         )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"the mask must be bool, not {mask.dtype}: use mask.bool()")
     valid_ranks = ranks[mask]  # [N] without padding, row by row
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
@@ -335,26 +336,12 @@ def simple_step(
     return loss.item()
 
 
-# `train_step` takes the same five steps for a batch, and the functions that it calls
-# follow in its order. They are longer than the lines above for two reasons.
+# -- the same five steps for a batch ---------------------------------------------------
 #
-# Memory. Logits are huge, V numbers for each position. The hidden states that a model's
-# last layer gives are small, and its output head makes logits from them. So the layers
-# run for a micro-batch of responses at a time, and the head for a chunk of positions at
-# a time, whose logits are used and forgotten. Four passes make a step:
-#
-#   pass             gradient   layers           logits
-#   student writes   no         whole batch      of the newest token
-#   student reads    no         micro-batches    of all positions, in chunks
-#   teacher reads    no         micro-batches    of all positions, in chunks
-#   student learns   yes        micro-batches    of the kept positions, in chunks
-#
-# In the last pass, the teacher's layers do not run again: from what they gave in the
-# third, its head makes the logits of the kept positions. The student's layers do, for
-# whole responses, as a kept token depends on all before it.
-#
-# Checkpoints differ. They end a response with different tokens (`merge_ends`), one has
-# more outputs than the other, and some bring settings for sampling along.
+# Logits are huge: V numbers for each position. They are made from hidden states, which
+# are small: a model's layers give one for each position, and its output head makes
+# logits of it. So the layers run for a micro-batch of responses at a time, and the head
+# for a chunk of positions at a time, whose logits are used and forgotten.
 #
 # More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
 
@@ -362,15 +349,15 @@ def simple_step(
 class Pair(NamedTuple):
     """A student and a teacher with one vocabulary, made by `load_pair` or `make_pair`.
 
-    `end_ids` are all tokens that end a response, of either model. They are one event,
-    written as the first of them: see `merge_ends`.
+    They may end a response with different tokens. All of these are `end_ids`, and count
+    as one event, the end, which is written as the first of them: see `merge_ends`.
     """
 
     student: torch.nn.Module  # float32: in bf16 an update of 1e-6 rounds to nothing
     teacher: torch.nn.Module  # frozen; bf16 on a GPU
     tokenizer: transformers.PreTrainedTokenizerBase
     end_ids: list  # token ids. The first is below vocab_size: both models know it
-    vocab_size: int  # V, the ids that both models predict
+    vocab_size: int  # V, the ids that both models predict: one may have more outputs
     temperature: float  # one for sampling, scoring and loss
 
 
@@ -399,10 +386,10 @@ def train_step(
 ):
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
-    `pair` holds both models. `method` is a name for `rank`, or "full", or a function of
-    your own: method(scores, mask) -> [B, R]. It may use what a measure_fn of your own
-    measures, in place of `measure`. `generator` is for "random". ValueError if yours
-    return what cannot be used.
+    `method` is a name for `rank`, or "full", or a function of your own: method(scores,
+    mask) -> [B, R]. It may use what a measure_fn of your own measures, in place of
+    `measure`. `generator` is for "random". ValueError if yours return what cannot be
+    used.
     """
     # 1. Rollout: the student writes.
     started = time.time()
@@ -411,23 +398,23 @@ def train_step(
 
     # 2. Score: both models read what it wrote, and are compared at every token.
     scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
-    check_scores(scores, batch.mask)  # in part 4, for a measure_fn of your own
+    check_scores(scores)
 
     if method == "full":
         keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
         # 3. Rank, by a method of `rank` or of your own.
         if callable(method):
-            ranks = method(scores, batch.mask)
+            ranks = torch.as_tensor(method(scores, batch.mask))
         else:
             ranks = rank(method, scores, batch.mask, generator)
-        check_ranks(method, ranks, batch.mask)  # in part 4, too
 
         # 4. Select.
         keep = select(ranks, batch.mask, budget)
+        check_ranks(method, ranks[batch.mask])
 
-    # 5. Update: the student reads once more, now with a gradient. The teacher has none,
-    #    so what its layers gave is used again.
+    # 5. Update: the student reads once more, now with a gradient. The teacher does not:
+    #    what its layers gave in step 2 is used again.
     loss, norm = update(
         pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
     )
@@ -438,6 +425,19 @@ def train_step(
         "rollout_seconds": rollout_seconds,
         "gradient_norm": norm,
     }
+
+
+def check_scores(scores):  # for a measure_fn of your own
+    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
+
+
+def check_ranks(method, ranks):  # [N], of the valid positions
+    if callable(method) and ranks.isnan().any():
+        raise ValueError("a method must return numbers, and this one returned a nan")
+    if ranks.min() == ranks.max():
+        warn("all positions rank alike, so the first ones are kept")
 
 
 # -- rollout -------------------------------------------------------------------------
@@ -466,6 +466,17 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         mask=response_mask(is_end),
         truncated=~is_end.any(-1),
     )
+
+
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
+    """
+    # For that example, is_end is 0 1 0 1, its cumsum 0 1 1 2, and ends_before 0 0 1 1.
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
 
 
 def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
@@ -515,22 +526,61 @@ def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
     return ids[:, prompt_length:]
 
 
-def response_mask(is_end):  # [B, R] bool -> [B, R] bool
-    """True up to and including the first token that ends the response.
+def length_limit(pair):  # -> tokens of prompt and response together
+    limit = math.inf
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            length = getattr(config, name, None)
+            if length and length > 0:
+                limit = min(limit, length)
+    return limit
 
-    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
-    on, and what comes after it is padding, even if it looks like an end.
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, except those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
     """
-    # For that example, is_end is 0 1 0 1, its cumsum 0 1 1 2, and ends_before 0 0 1 1.
-    ends_before = is_end.cumsum(-1) - is_end.long()
-    return ends_before == 0
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
 # -- score ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(pair, batch, k, micro_batch_size, measure_fn=measure):
+def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     """Compare both models at every position of a `Rollout`, in micro-batches.
 
     Returns what measure_fn measures there, {name: [B, R]}, with 0 on the padding; and
@@ -554,11 +604,16 @@ def score(pair, batch, k, micro_batch_size, measure_fn=measure):
         for name, values in measured.items():
             found[name].append(values)
 
-    # Back to their places, [N] -> [B, R]. (Or [N, 5] -> [B, R, 5], in diagnose.py.)
+    # Back to their places: [N] -> [B, R].
     scores = {}
     for name, parts in found.items():
         values = torch.cat(parts)
-        scores[name] = values.new_zeros(batch.mask.shape + values.shape[1:])
+        if values.shape != tokens.shape:
+            raise ValueError(
+                f"measure_fn must return one number for each position, but {name} has "
+                f"the shape {list(values.shape)} at {len(tokens)} positions"
+            )
+        scores[name] = values.new_zeros(batch.mask.shape)
         scores[name][batch.mask] = values
     return scores, teacher_hidden
 
@@ -619,7 +674,7 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
     The end of a response is one event. Often the student ends with another token than
     its teacher. Scored as two tokens, that is a huge disagreement, and the student is
     taught not to end. So the probabilities of all end tokens are added up. With the
-    ends 2 and 5, column 2 gets log(exp z2 + exp z5), and column 5 gets probability 0.
+    ends 2 and 5, and .3 and .1 for them, column 2 gets .4 and column 5 gets 0.
     """
     if len(end_ids) < 2:
         return logits
@@ -879,7 +934,7 @@ def show(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-SHOWN = (  # in the terminal. The log has all, and what a measure_fn adds
+SHOWN = (  # in the terminal, before what a measure_fn of your own adds
     "step",
     "loss",
     "kl_all",
@@ -894,9 +949,12 @@ SHOWN = (  # in the terminal. The log has all, and what a measure_fn adds
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    widths = {name: max(7, len(name)) for name in SHOWN}
+    # What is measured at a position is in the line twice: as NAME and as kept_NAME.
+    added = [name for name in line if f"kept_{name}" in line and name not in SHOWN]
+    columns = [*SHOWN, *added]
+    widths = {name: max(7, len(name)) for name in columns}
     if not path.exists():  # this is the first row: before it, the heading
-        show("  ".join(f"{name:>{widths[name]}}" for name in SHOWN))
+        show("  ".join(f"{name:>{widths[name]}}" for name in columns))
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -904,7 +962,7 @@ def log(path, line, steps):  # {name: number}
     is_tenth = line["step"] % max(1, steps // 10) == 0
     if is_last or is_tenth:
         cells = []
-        for name in SHOWN:
+        for name in columns:
             cells.append(f"{line[name]:{widths[name]}.4g}")
         show("  ".join(cells))
 
@@ -916,79 +974,6 @@ def warn(message):
 def describe(error):  # in one line, with its type unless the text is our own
     text = " ".join(str(error).split())
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-
-
-# -- the small print of a step -------------------------------------------------------
-
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, except those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
-def check_scores(scores, mask):
-    """ValueError unless `measure_fn` returned all that `measure` does, and numbers."""
-    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
-        if name not in scores:
-            raise ValueError(
-                f"measure_fn returned no {name}: let it call opd.measure, and add to it"
-            )
-    for name, values in scores.items():
-        if values.shape != mask.shape:
-            raise ValueError(
-                f"measure_fn must return one number for each position; {name} has "
-                f"more: {tuple(values.shape)} in place of {tuple(mask.shape)}"
-            )
-
-
-def check_ranks(method, ranks, mask):  # a name or your own, [B, R] twice
-    """ValueError unless a method of your own ranks all; a warning if all are alike."""
-    name = getattr(method, "__name__", method)
-    if callable(method):
-        if not torch.is_tensor(ranks) or ranks.shape != mask.shape:
-            found = tuple(ranks.shape) if torch.is_tensor(ranks) else type(ranks)
-            raise ValueError(
-                f"{name} must return a number for each position, a tensor "
-                f"{tuple(mask.shape)}; it returned {found}"
-            )
-        if ranks[mask].isnan().any():
-            raise ValueError(f"{name} must return numbers, and returned nan")
-    if (ranks[mask] == ranks[mask][0]).all():
-        warn(f"{name} ranks all positions alike, so the first ones are kept")
 
 
 # -- models --------------------------------------------------------------------------
@@ -1252,17 +1237,6 @@ def read_prompts(path, pair, max_new_tokens):
     if several_numbers:
         warn(f"{several_numbers}: the answer has several numbers; compared as words")
     return examples
-
-
-def length_limit(pair):  # -> tokens of prompt and response together
-    limit = math.inf
-    for model in (pair.student, pair.teacher):
-        config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            length = getattr(config, name, None)
-            if length and length > 0:
-                limit = min(limit, length)
-    return limit
 
 
 CHAT_KEYS = {"messages", "tools", "chat_template_kwargs", "answer"}

@@ -30,7 +30,7 @@ for positions in responses.values():
         if addends:
             result = str((int(addends[1]) + int(addends[2]) - 1) % 24 + 1)
             said = position["text"].strip()
-            first_choice = position["before"]["teacher_choices"][0]
+            first_choice = position["before"]["teacher_choice_1"]
             student_right[place].append(said == result)
             teacher_right[place].append(
                 tokenizer.decode(first_choice).strip() == result

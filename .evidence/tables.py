@@ -43,15 +43,12 @@ def print_report_tables(folders):
         rows = {}
         for label, cells in table["rows"].items():
             texts = []
-            for column, cell in cells.items():
+            for column in cells:
                 same = []
                 for report in reports:
                     other = report["tables"][number]["rows"][label]
                     same.append(other[column])
-                if isinstance(cell, dict):
-                    texts.append(over_diagnoses(same))
-                else:
-                    texts.append(f"{np.mean(same):.3f}")  # R2 has no interval
+                texts.append(over_diagnoses(same))
             rows[label] = texts
         print_table(table["title"], first_row, rows)
 
@@ -81,8 +78,8 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
 
     tables = []
     for positions in diagnose.draws(before["context"], number=1000, seed=0):
-        chosen = {name: values[positions] for name, values in regressors.items()}
-        slopes = diagnose.least_squares(chosen, outcome[positions])
+        drawn = diagnose.at_positions(regressors, positions)
+        slopes = diagnose.least_squares(drawn, outcome[positions])
         table = {name: {"slope": slope} for name, slope in slopes.items()}
         table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
         tables.append(table)
