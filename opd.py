@@ -18,15 +18,16 @@ One training step:
               one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
-Read parts 1 to 3 from top to bottom. In part 2, `simple_step` is the whole method on
-one page; `train_step` is what the program runs. Parts 4 to 6 can wait: models,
-prompts and files, the demo's world, the command line.
+Read parts 1 to 4 from top to bottom: the step on one page, its mathematics, the same
+step as the program takes it, training and evaluation. Parts 5 to 7 are for looking
+things up: models, prompts and files; the demo's world; the command line.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
 Names and formulas are the paper's, except for what the README lists at its end.
-Shapes: B responses in a batch, R positions in a response, V tokens in the vocabulary.
-A mask [B, R] is True at the valid positions; the others are padding after an end.
+Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
+tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
+padding after an end.
 
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -54,9 +55,66 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ======================================================================================
-# 1. The mathematics: pure functions of logits. Those in half precision are cast to
-#    float32 first. Copy this part freely: it needs math, numpy and torch, no more. What
-#    each is for, `simple_step` shows, at the beginning of part 2.
+# 1. One training step, on one page. The functions that it calls are in part 2.
+# ======================================================================================
+
+
+def simple_step(
+    student, teacher, optimizer, prompt, k=16, budget=0.1, max_new_tokens=256
+):
+    """The whole method, for one prompt [1, P], if memory were no matter. -> loss
+
+    For reading: the program calls `train_step`. This leaves out what real pairs of
+    checkpoints need: batches with padding, a temperature, different tokens that end a
+    response, different sizes of vocabulary, settings that a checkpoint brings along.
+    """
+    student.eval()  # no dropout, in training either: p is one distribution throughout
+    teacher.eval()
+
+    # 1. Rollout: the student writes a response of R tokens, sampling from p itself.
+    ids = student.generate(  # [1, P + R]
+        prompt,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # no filter. Left unset, the 50 likeliest tokens alone would be drawn
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+    )
+    prompt_length = prompt.shape[1]  # P
+    tokens = ids[:, prompt_length:]  # [1, R]
+    mask = torch.ones_like(tokens, dtype=torch.bool)  # all valid: nothing is padded
+
+    # 2. Score: both models read the response. The logits at one token predict the next,
+    # so those that predict the response begin one place before it:
+    #
+    #   tokens   x1  x2  y1  y2  y3      prompt x (P = 2), response y (R = 3)
+    #   logits   l1  l2  l3  l4  l5      l2 predicts y1, l3 predicts y2, l4 predicts y3
+    #                ^^  ^^  ^^          [P - 1 : -1]
+    student_logits = student(ids).logits[:, prompt_length - 1 : -1]  # [1, R, V]
+    with torch.no_grad():
+        teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
+        # H, D and C at each position, {name: [1, R]}
+        scores = measure(student_logits, teacher_logits, tokens, k)
+
+    # 3. Rank: D * C, after both are rescaled.
+    ranks = rank("teachability", scores, mask)  # [1, R]
+
+    # 4. Select: the best tenth.
+    keep = select(ranks, mask, budget)  # [1, R] bool
+
+    # 5. Update: lower KL(student || teacher) there, now with a gradient.
+    loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+# ======================================================================================
+# 2. The mathematics: pure functions of logits. Those in half precision are cast to
+#    float32 first. Copy parts 1 and 2 freely: they need math, numpy and torch, no more.
 # ======================================================================================
 
 
@@ -92,9 +150,8 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
     U is the union of the student's and the teacher's top K tokens. On it, p and q are
-    renormalised, so that each sums to one there. (As in the paper, whose code gets only
-    the top K from the teacher's server.) It is a forward KL, as D asks what the teacher
-    wants; the loss asks what the student says. ValueError for k < 1.
+    renormalised, so that each sums to one there. It is a forward KL, as D asks what the
+    teacher wants; the loss asks what the student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -126,11 +183,11 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
     return logq.gather(-1, candidates).exp().sum(-1)
 
 
-def measure(student_logits, teacher_logits, tokens, k):  # -> {name: [...]}
-    """All that is measured at each position, from logits [..., V] and tokens [...].
+def measure(student_logits, teacher_logits, tokens=None, k=16):  # -> {name: [...]}
+    """All that is measured at each position, from logits [..., V].
 
-    `tokens` are those that the student wrote there: not used here, but a `measure_fn`
-    of your own (see `train_step`) may use them.
+    `tokens` [...] are those that the student wrote. They are not used here; a function
+    of your own in place of this one may use them.
     """
     return {
         # The loss of full on-policy distillation. Its mean is the curve to watch.
@@ -200,19 +257,19 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "teachability_entropy":
         return soft_or(H, D * C)
 
-    # The other part: the teacher wants tokens that the student does not consider.
-    if method == "incompatible":
-        return D * (1 - C)
-
     # One quantity alone. And the soft or of two, TIP, from arXiv 2604.14084.
     if method == "entropy":
         return H
     if method == "divergence":
         return D
-    if method == "compatibility":
-        return C
     if method == "tip":
         return soft_or(H, D)
+    if method == "compatibility":
+        return C
+
+    # The other part: the teacher wants tokens that the student does not consider.
+    if method == "incompatible":
+        return D * (1 - C)
 
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
@@ -280,70 +337,26 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 
 
 # ======================================================================================
-# 2. One training step
+# 3. The same step for a batch, as the program takes it. `train_step`, at the end, puts
+#    together what comes before it: rollout, score, update.
+#
+#    Logits are huge: V numbers for each position. They are made from hidden states,
+#    which are small: a model's layers give one for each position, and its output head
+#    makes logits of it. So the layers run for a micro-batch of responses at a time, and
+#    the head for a chunk of positions at a time, whose logits are used and forgotten.
+#    Four passes make a step:
+#
+#      pass             gradient   layers           logits
+#      student writes   no         whole batch      of the newest token
+#      student reads    no         micro-batches    of all positions, in chunks
+#      teacher reads    no         micro-batches    of all positions, in chunks
+#      student learns   yes        micro-batches    of the kept positions, in chunks
+#
+#    In the last one, the teacher's layers do not run again: from what they gave in the
+#    third, its head makes the logits of the kept positions.
+#
+#    More shapes: E hidden units, N valid positions of a batch, n some of them.
 # ======================================================================================
-
-
-def simple_step(
-    student, teacher, optimizer, prompt, k=16, budget=0.1, max_new_tokens=256
-):
-    """The whole method, for one prompt [1, P], if memory were no matter. -> loss
-
-    For reading: the program calls `train_step`, below. This leaves out what real pairs
-    of checkpoints need: a batch with padding, a temperature, ends and numbers of
-    outputs that differ, settings for sampling that a checkpoint brings along.
-    """
-    student.eval()  # no dropout, in training either: p is one distribution throughout
-    teacher.eval()
-
-    # 1. Rollout: the student writes a response of R tokens, sampling from p itself.
-    ids = student.generate(  # [1, P + R]
-        prompt,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,  # no filter. Left unset, the 50 likeliest tokens alone would be drawn
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-    )
-    prompt_length = prompt.shape[1]  # P
-    tokens = ids[:, prompt_length:]  # [1, R]
-    mask = torch.ones_like(tokens, dtype=torch.bool)  # all valid: nothing is padded
-
-    # 2. Score: both models read the response. The logits at one token predict the next,
-    # so those that predict the response begin one place before it:
-    #
-    #   tokens   x1  x2  y1  y2  y3      prompt x (P = 2), response y (R = 3)
-    #   logits   l1  l2  l3  l4  l5      l2 predicts y1, l3 predicts y2, l4 predicts y3
-    #                ^^  ^^  ^^          [P - 1 : -1]
-    student_logits = student(ids).logits[:, prompt_length - 1 : -1]  # [1, R, V]
-    with torch.no_grad():
-        teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
-        scores = measure(student_logits, teacher_logits, tokens, k)  # {name: [1, R]}
-
-    # 3. Rank.
-    ranks = rank("teachability", scores, mask)  # [1, R]
-
-    # 4. Select.
-    keep = select(ranks, mask, budget)  # [1, R] bool
-
-    # 5. Update. The scores have no gradient, so the KL is computed once more.
-    loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-
-# -- the same five steps for a batch ---------------------------------------------------
-#
-# Logits are huge: V numbers for each position. They are made from hidden states, which
-# are small: a model's layers give one for each position, and its output head makes
-# logits of it. So the layers run for a micro-batch of responses at a time, and the head
-# for a chunk of positions at a time, whose logits are used and forgotten.
-#
-# More shapes: E hidden units, N valid positions of a batch, n some of them (a chunk).
 
 
 class Pair(NamedTuple):
@@ -371,86 +384,59 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
-def train_step(
-    pair,
-    optimizer,
-    prompts,
-    method="teachability",
-    k=16,
-    budget=0.1,
-    loss_name="reverse_kl",
-    max_new_tokens=256,
-    micro_batch_size=8,
-    generator=None,
-    measure_fn=measure,
-):
-    """The same five steps for a batch of prompts, lists of token ids. -> its log line
-
-    `method` is a name for `rank`, or "full", or a function of your own: method(scores,
-    mask) -> [B, R]. It may use what a measure_fn of your own measures, in place of
-    `measure`. `generator` is for "random". ValueError if yours return what cannot be
-    used.
-    """
-    # 1. Rollout: the student writes.
-    started = time.time()
-    batch = rollout(pair, prompts, max_new_tokens)
-    rollout_seconds = time.time() - started
-
-    # 2. Score: both models read what it wrote, and are compared at every token.
-    scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
-    check_scores(scores)
-
-    if method == "full":
-        keep = batch.mask  # plain on-policy distillation: nothing is ranked
-    else:
-        # 3. Rank, by a method of `rank` or of your own.
-        if callable(method):
-            ranks = torch.as_tensor(method(scores, batch.mask))
-        else:
-            ranks = rank(method, scores, batch.mask, generator)
-
-        # 4. Select.
-        keep = select(ranks, batch.mask, budget)
-        check_ranks(method, ranks[batch.mask])
-
-    # 5. Update: the student reads once more, now with a gradient. The teacher does not:
-    #    what its layers gave in step 2 is used again.
-    loss, norm = update(
-        pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
-    )
-
-    return {
-        "loss": loss,
-        **summarize(scores, batch, keep),
-        "rollout_seconds": rollout_seconds,
-        "gradient_norm": norm,
-    }
-
-
-def check_scores(scores):  # for a measure_fn of your own
-    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
-        if name not in scores:
-            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
-
-
-def check_ranks(method, ranks):  # [N], of the valid positions
-    if callable(method) and ranks.isnan().any():
-        raise ValueError("a method must return numbers, and this one returned a nan")
-    if ranks.min() == ranks.max():
-        warn("all positions rank alike, so the first ones are kept")
-
-
-# -- rollout -------------------------------------------------------------------------
+# -- rollout ---------------------------------------------------------------------------
 
 
 PADDING = 0  # any token id will do, an end's, too: nothing valid looks there
 
 
-def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
-    """The student samples a response to each prompt.
+def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
+    """Prompts of one length, which end together, so that responses start together."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = []
+    attention = []
+    for prompt in prompts:
+        missing = longest - len(prompt)
+        ids.append([PADDING] * missing + prompt)
+        attention.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
-    ValueError for what is longer than the models take.
+
+@torch.no_grad()
+def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
+    """The student's responses to these prompts, from p itself: nothing is filtered."""
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=pair.temperature,
+        top_k=0,  # off. Left unset, generate() would sample among the best 50 only
+        top_p=1.0,  # off
+        max_new_tokens=max_new_tokens,
+        # generate() takes None, and no empty list: hence `or None`, twice.
+        eos_token_id=pair.end_ids or None,
+        suppress_tokens=never_sampled(pair) or None,
+        pad_token_id=PADDING,
+        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
+    )
+    # With these settings alone, and none that the checkpoint may bring along.
+    longer = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
+    prompt_length = ids.shape[1]
+    return longer[:, prompt_length:]
+
+
+def response_mask(is_end):  # [B, R] bool -> [B, R] bool
+    """True up to and including the first token that ends the response.
+
+    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
+    on, and what comes after it is padding, even if it looks like an end.
     """
+    # For that example, is_end is 0 1 0 1, its cumsum 0 1 1 2, and ends_before 0 0 1 1.
+    ends_before = is_end.cumsum(-1) - is_end.long()
+    return ends_before == 0
+
+
+def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
+    """The student samples a response to each prompt."""
+    check_prompts(pair, prompts, max_new_tokens)
     ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
     responses = sample(pair, ids, attention, max_new_tokens)  # [B, R]
 
@@ -468,115 +454,76 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     )
 
 
-def response_mask(is_end):  # [B, R] bool -> [B, R] bool
-    """True up to and including the first token that ends the response.
+# -- score -----------------------------------------------------------------------------
 
-    Of the tokens "4", end, "7", end the first two are valid: the end itself is trained
-    on, and what comes after it is padding, even if it looks like an end.
+
+def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
+    """The model's last hidden states, each at the place of the token it predicts.
+
+    `rows` are the responses that run through the model; by default, all B of the batch.
     """
-    # For that example, is_end is 0 1 0 1, its cumsum 0 1 1 2, and ends_before 0 0 1 1.
-    ends_before = is_end.cumsum(-1) - is_end.long()
-    return ends_before == 0
+    model.eval()  # no dropout: scores and update must see one p. Gradients still flow
+    attention = batch.attention[rows]
+    # Positions count from 0 at a prompt's first token, not at the padding before it. If
+    # attention is 0 0 1 1 1, the cumsum is 0 0 1 2 3, and positions are 0 0 0 1 2.
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    with bf16_on_gpu():
+        output = model.base_model(  # all of the model but its output head
+            batch.ids[rows],
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=False,
+        )
+    hidden = output.last_hidden_state  # [rows, P + R, E]
 
-
-def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
-    """Prompts of one length, which end together, so that responses start together.
-
-    ValueError for prompts that are not lists of token ids.
-    """
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r}"
-            )
-
-    longest = max(len(prompt) for prompt in prompts)
-    ids = []
-    attention = []
-    for prompt in prompts:
-        missing = longest - len(prompt)
-        ids.append([PADDING] * missing + prompt)
-        attention.append([0] * missing + [1] * len(prompt))
-    return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+    length = batch.responses.shape[1]  # R
+    return hidden[:, -length - 1 : -1]  # one place early, as in `simple_step`
 
 
 @torch.no_grad()
-def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
-    """The student's responses to these prompts, from p itself: nothing is filtered."""
-    limit = length_limit(pair)
-    prompt_length = ids.shape[1]  # P
-    if prompt_length + max_new_tokens > limit:
-        raise ValueError(f"the models take {limit} tokens, with the prompt")
-
-    settings = transformers.GenerationConfig(
-        do_sample=True,
-        temperature=pair.temperature,
-        top_k=0,  # off. Left unset, generate() would sample among the best 50 only
-        top_p=1.0,  # off
-        max_new_tokens=max_new_tokens,
-        # generate() takes None, and no empty list: hence `or None`, twice.
-        eos_token_id=pair.end_ids or None,
-        suppress_tokens=never_sampled(pair) or None,
-        pad_token_id=PADDING,
-        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
-    )
-    # With these settings alone, and none that the checkpoint may bring along.
-    ids = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
-    return ids[:, prompt_length:]
+def hidden_states_of_batch(model, batch, micro_batch_size):  # -> [B, R, E]
+    """`hidden_states` of all B responses: in micro-batches, without gradient."""
+    parts = []
+    for start in range(0, len(batch.ids), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        parts.append(hidden_states(model, batch, rows))
+    return torch.cat(parts)
 
 
-def length_limit(pair):  # -> tokens of prompt and response together
-    limit = math.inf
-    for model in (pair.student, pair.teacher):
-        config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            length = getattr(config, name, None)
-            if length and length > 0:
-                limit = min(limit, length)
-    return limit
+def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
+    """One column for all tokens that end a response: that of end_ids[0].
 
-
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, except those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
+    The end of a response is one event. Often the student ends with another token than
+    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
+    taught not to end. So the probabilities of all end tokens are added up. With the
+    ends 2 and 5, and .3 and .1 for them, column 2 gets .4 and column 5 gets 0.
     """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
+    if len(end_ids) < 2:
+        return logits
+    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
+    merged = logits.clone()
+    # Probability 0 for all of them, as in `divergence`. Then, for the first, the sum of
+    # their probabilities: a logsumexp of logits.
+    merged[:, own_ends] = -1e30
+    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
+    return merged
 
 
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
+def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
+    """The logits that define p or q everywhere: float32, at the pair's temperature."""
+    with bf16_on_gpu():
+        logits = model.get_output_embeddings()(hidden)
+    logits = logits.float() / pair.temperature
+    logits = merge_ends(logits, pair.end_ids)  # first: an end may lie beyond V
+    return logits[:, : pair.vocab_size]
 
 
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
+LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-# -- score ---------------------------------------------------------------------------
+def chunks(pair, number):  # -> slices, of a chunk of the positions each
+    at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
+    return [slice(start, start + at_once) for start in range(0, number, at_once)]
 
 
 @torch.no_grad()
@@ -618,76 +565,26 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     return scores, teacher_hidden
 
 
-@torch.no_grad()
-def hidden_states_of_batch(model, batch, micro_batch_size):  # -> [B, R, E]
-    """`hidden_states` of all B responses: in micro-batches, without gradient."""
-    parts = []
-    for start in range(0, len(batch.ids), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        parts.append(hidden_states(model, batch, rows))
-    return torch.cat(parts)
+# -- update ----------------------------------------------------------------------------
 
 
-def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
-    """The model's last hidden states, each at the place of the token it predicts.
+def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
+    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
 
-    `rows` are the responses that run through the model; by default, all B of the batch.
-    """
-    model.eval()  # no dropout: scores and update must see one p. Gradients still flow
-    attention = batch.attention[rows]
-    # Positions count from 0 at a prompt's first token, not at the padding before it. If
-    # attention is 0 0 1 1 1, the cumsum is 0 0 1 2 3, and positions are 0 0 0 1 2.
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    with bf16_on_gpu():
-        output = model.base_model(  # all of the model but its output head
-            batch.ids[rows],
-            attention_mask=attention,
-            position_ids=positions,
-            use_cache=False,
+    def loss_of(chunk):
+        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
+        losses = token_loss(loss_name, student_logits, teacher_logits, tokens[chunk])
+        return losses.sum()
+
+    total = 0.0
+    for chunk in chunks(pair, len(tokens)):
+        # checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the logits, and
+        # makes them again when the gradient needs them. (Nothing in it is random.)
+        total = total + checkpoint(
+            loss_of, chunk, use_reentrant=False, preserve_rng_state=False
         )
-    hidden = output.last_hidden_state  # [rows, P + R, E]
-
-    prompt_length = batch.ids.shape[1] - batch.responses.shape[1]  # P
-    return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
-
-
-LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
-
-
-def chunks(pair, number):  # -> slices, of a chunk of the positions each
-    at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
-    return [slice(start, start + at_once) for start in range(0, number, at_once)]
-
-
-def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
-    """The logits that define p or q everywhere: float32, at the pair's temperature."""
-    with bf16_on_gpu():
-        logits = model.get_output_embeddings()(hidden)
-    logits = logits.float() / pair.temperature
-    logits = merge_ends(logits, pair.end_ids)  # first: an end may lie beyond V
-    return logits[:, : pair.vocab_size]
-
-
-def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
-    """One column for all tokens that end a response: that of end_ids[0].
-
-    The end of a response is one event. Often the student ends with another token than
-    its teacher. Scored as two tokens, that is a huge disagreement, and the student is
-    taught not to end. So the probabilities of all end tokens are added up. With the
-    ends 2 and 5, and .3 and .1 for them, column 2 gets .4 and column 5 gets 0.
-    """
-    if len(end_ids) < 2:
-        return logits
-    own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
-    merged = logits.clone()
-    # Probability 0 for all of them, as in `divergence`. Then, for the first, the sum of
-    # their probabilities: a logsumexp of logits.
-    merged[:, own_ends] = -1e30
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
-    return merged
-
-
-# -- update --------------------------------------------------------------------------
+    return total
 
 
 def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
@@ -728,38 +625,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     return mean_loss, norm
 
 
-def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
-
-    def loss_of(chunk):
-        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
-        losses = token_loss(loss_name, student_logits, teacher_logits, tokens[chunk])
-        return losses.sum()
-
-    total = 0.0
-    for chunk in chunks(pair, len(tokens)):
-        # checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the logits, and
-        # makes them again when the gradient needs them. (Nothing in it is random.)
-        total = total + checkpoint(
-            loss_of, chunk, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
-
-
-# -- the log line --------------------------------------------------------------------
-
-
-def summarize(scores, batch, keep):  # -> {name: number}, for the log
-    means = means_of(scores, batch.mask)
-    summary = {"kl_all": means.pop("reverse_kl"), **means}  # all: not of the kept alone
-    summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
-    summary["truncated"] = batch.truncated.float().mean().item()
-    summary["valid"] = batch.mask.sum().item()
-    summary["kept"] = keep.sum().item()
-    for name, mean in means_of(scores, keep).items():
-        summary[f"kept_{name}"] = mean
-    return summary
+# -- the step --------------------------------------------------------------------------
 
 
 def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
@@ -769,8 +635,161 @@ def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
     return means
 
 
+def summarize(scores, batch, keep):  # -> {name: number}, for the log
+    means = means_of(scores, batch.mask)
+    kl_all = means.pop("reverse_kl")  # of all positions, not of the kept ones alone
+    summary = {"kl_all": kl_all, **means}
+    summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
+    summary["truncated"] = batch.truncated.float().mean().item()
+    summary["valid"] = batch.mask.sum().item()
+    summary["kept"] = keep.sum().item()
+    for name, mean in means_of(scores, keep).items():
+        summary[f"kept_{name}"] = mean
+    return summary
+
+
+def train_step(
+    pair,
+    optimizer,
+    prompts,
+    method="teachability",
+    k=16,
+    budget=0.1,
+    loss_name="reverse_kl",
+    max_new_tokens=256,
+    micro_batch_size=8,
+    generator=None,
+    measure_fn=measure,
+):
+    """The same five steps for a batch of prompts, lists of token ids. -> its log line
+
+    `method` is a name for `rank`, or "full", or a function of your own: method(scores,
+    mask) -> [B, R]. It may use what a measure_fn of your own measures, in place of
+    `measure`. `generator` is for "random". ValueError if yours return what cannot be
+    used.
+    """
+    # 1. Rollout: the student writes.
+    started = time.time()
+    batch = rollout(pair, prompts, max_new_tokens)
+    rollout_seconds = time.time() - started
+
+    # 2. Score: both models read what it wrote, and are compared at every token.
+    scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
+    check_scores(scores)
+
+    if method == "full":
+        keep = batch.mask  # plain on-policy distillation: nothing is ranked
+    else:
+        # 3. Rank, by a method of `rank` or of your own.
+        if callable(method):
+            ranks = torch.as_tensor(method(scores, batch.mask))
+        else:
+            ranks = rank(method, scores, batch.mask, generator)
+        check_ranks(method, ranks, batch.mask)
+
+        # 4. Select.
+        keep = select(ranks, batch.mask, budget)
+
+    # 5. Update: the student reads once more, now with a gradient. The teacher does not:
+    #    what its layers gave in step 2 is used again.
+    loss, norm = update(
+        pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
+    )
+
+    return {
+        "loss": loss,
+        **summarize(scores, batch, keep),
+        "rollout_seconds": rollout_seconds,
+        "gradient_norm": norm,
+    }
+
+
+# -- small print: what the functions above call. May be skipped ----------------------
+
+
+def length_limit(pair):  # -> tokens of prompt and response together
+    limit = math.inf
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            length = getattr(config, name, None)
+            if length and length > 0:
+                limit = min(limit, length)
+    return limit
+
+
+def check_prompts(pair, prompts, max_new_tokens):
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r}"
+            )
+        limit = length_limit(pair)
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(f"the models take {limit} tokens, with the prompt")
+
+
+def check_scores(scores):  # for a measure_fn of your own
+    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
+
+
+def check_ranks(method, ranks, mask):  # name or function, [B, R], [B, R]
+    if ranks.shape != mask.shape:
+        raise ValueError(
+            "a method must return a number for each position, a tensor "
+            f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+        )
+    valid_ranks = ranks[mask]
+    if callable(method) and valid_ranks.isnan().any():
+        raise ValueError("a method must return numbers, and this one returned a nan")
+    if valid_ranks.min() == valid_ranks.max():
+        warn("all positions rank alike, so the first ones are kept")
+
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, except those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
 # ======================================================================================
-# 3. Train and evaluate
+# 4. Train and evaluate
 # ======================================================================================
 
 
@@ -912,7 +931,7 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 4. Here the method ends. What follows is to be looked up, not read: models, prompts,
+# 5. Here the method ends. What follows is to be looked up, not read: models, prompts,
 #    answers, files. Bad input raises InputError, which the command line turns into one
 #    clear line.
 # ======================================================================================
@@ -922,7 +941,7 @@ class InputError(ValueError):
     """What was given cannot be used: a flag, a file, a model. The text says why."""
 
 
-# -- what the terminal shows ---------------------------------------------------------
+# -- what the terminal shows -----------------------------------------------------------
 
 
 def show(text):
@@ -976,7 +995,7 @@ def describe(error):  # in one line, with its type unless the text is our own
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-# -- models --------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer
@@ -1176,7 +1195,7 @@ def check_vocabularies(student_tokenizer, teacher_tokenizer):
     warn(f"only added or special tokens differ: {text}; going on")
 
 
-# -- prompts and answers -------------------------------------------------------------
+# -- prompts and answers ---------------------------------------------------------------
 
 
 def read_prompts(path, pair, max_new_tokens):
@@ -1347,7 +1366,7 @@ def response_text(pair, batch, i):  # -> the text of response i, without its end
     return pair.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-# -- files ---------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------
 
 
 def save(pair, folder, state=None):
@@ -1445,7 +1464,7 @@ def check_state(state, args, examples):
 
 
 # ======================================================================================
-# 5. The demo's world: sums on a clock, a teacher that adds well, a student that slips
+# 6. The demo's world: sums on a clock, a teacher that adds well, a student that slips
 # ======================================================================================
 
 PAIR = Path("runs/pair")
@@ -1618,7 +1637,7 @@ def check_demo():
 
 
 # ======================================================================================
-# 6. The command line
+# 7. The command line
 # ======================================================================================
 
 

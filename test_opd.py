@@ -1029,11 +1029,11 @@ def test_each_pure_function_runs_alone_when_pasted():
         assert torch.equal(found, getattr(opd, name)(*arguments[name]))
 
 
-def test_part_1_as_a_whole_runs_when_pasted_into_a_notebook():
+def test_parts_1_and_2_as_a_whole_run_when_pasted_into_a_notebook(long_pair):
     source = Path(opd.__file__).read_text()
-    part = source[source.index("# 1. The mathematics") : source.index("# 2. One")]
+    parts = source[source.index("# 1. One training") : source.index("# 3. The same")]
     pasted = {"torch": torch, "math": math, "numpy": np}
-    exec(part, pasted)
+    exec(parts, pasted)
     s, t = logits(4, 9, 30), logits(4, 9, 30, seed=1)
     mask = torch.ones(4, 9) > 0
     scores = pasted["measure"](s, t, None, 5)
@@ -1043,6 +1043,10 @@ def test_part_1_as_a_whole_runs_when_pasted_into_a_notebook():
     assert torch.equal(ranks, opd.rank("teachability", scores, mask))
     with pytest.raises(ValueError):
         pasted["token_loss"]("nonsense", s, t, torch.zeros(4, 9).long())
+
+    optimizer = torch.optim.SGD(long_pair.student.parameters(), lr=1.0)
+    models = (long_pair.student, long_pair.teacher)
+    assert pasted["simple_step"](*models, optimizer, torch.tensor([[5, 6, 7]])) > 0
 
 
 def test_response_mask_ends_with_the_first_of_several_ends_even_if_they_pad():
@@ -2094,7 +2098,7 @@ def test_a_rule_that_gives_no_number_for_a_position_is_refused(run, wrong):
             return scores["entropy"] / 0 * 0
         return scores["entropy"][:, 1:]
 
-    with pytest.raises(ValueError, match="returned a nan|^ranks and mask must"):
+    with pytest.raises(ValueError, match="^a method must return.*this one returned"):
         run("out", method=my_rule)
 
 

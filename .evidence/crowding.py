@@ -10,6 +10,7 @@ on, in place of all:
     no-gets       all that it keeps if it may not keep "gets": a tenth of other tokens
     sgd           all that it keeps, with plain gradient descent in place of AdamW
     sgd-teachable the same for what teachability keeps
+    largest-loss  not divergence: a tenth by the loss itself, the reverse KL
 
 From the project's folder:
 
@@ -36,6 +37,7 @@ VARIANTS = (
     "no-gets",
     "sgd",
     "sgd-teachable",
+    "largest-loss",
 )
 
 
@@ -52,6 +54,9 @@ def train(variant, seed):
     def divergence_without_gets(scores, mask):
         D = opd.robust_normalize(scores["divergence"], mask)
         return D - 2 * scores["is_gets"]  # below all others
+
+    def largest_loss(scores, mask):
+        return scores["reverse_kl"]
 
     def train_on(batch, keep):  # in place of what is kept
         is_gets = batch.responses == gets
@@ -84,6 +89,8 @@ def train(variant, seed):
     method = None
     if variant == "no-gets":
         method = divergence_without_gets
+    if variant == "largest-loss":
+        method = largest_loss
     if variant.startswith("sgd"):
         torch.optim.AdamW = sgd
         flags["lr"] = 0.1
