@@ -217,7 +217,8 @@ def gains_of(before, after):  # -> {measure: [N]}
 #    From here on, `before` and `after` are what `measure_contexts` returned, with D and
 #    C of one K (`at_k`): {name: [N]}. And `gains` is {measure: [N]}. Each table is made
 #    by one function, which stands before those that it calls. It returns the table's
-#    rows, {row: {column: cell}}; a cell is a number with its interval.
+#    rows, {row: {column: cell}}; a cell is a number with its interval. The text above
+#    the function, ..._READING, is printed below the table.
 # ======================================================================================
 
 
@@ -233,16 +234,23 @@ def at_k(measured, k):  # {name: [N]} -> {name: [N]}
     }
 
 
+KEPT_READING = """
+Of all contexts together, equally many for each method, whatever --budget the training
+had; full keeps all. Of equal ranks the earlier are kept: the top 5 % of entropy, D or C
+are all 1.
+"""
+
+
 def gain_of_kept(before, gains, budget, args):  # -> rows
     """Mean gain of what each method would keep, at the same count for all."""
     kept = {}
     for method in opd.METHODS:
         kept[method] = kept_by(method, before, budget, args.seed)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(group_means(gains, kept, positions))
-    return with_intervals(tables)
+    def table_of(positions):
+        return group_means(gains, kept, positions)
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 def kept_by(method, before, budget, seed):  # -> [N] bool
@@ -262,27 +270,65 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
-# How much may a number owe to chance? Had the student written other responses, it would
-# have come out a little differently. So it is computed again and again, each time from
-# contexts that are drawn from those at hand (a bootstrap):
-#
-#   three contexts with the mean gains        .1  .2  .6    mean .30
-#   three of them, drawn with replacement     .6  .1  .6    mean .43
-#   once more                                 .2  .2  .1    mean .17
-#   ...
-#
-# The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
-# those of one response resemble each other: the interval would come out too narrow.
+def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
+    """The mean of each outcome over those of the positions that belong to each group.
+
+    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
+    """
+    means = {}
+    for label, member in groups.items():
+        belongs = member[positions]  # [n] bool
+        own = positions[belongs]
+        means[label] = {}
+        for name, values in outcomes.items():
+            means[label][name] = values[own].mean() if len(own) else np.nan
+    return means
 
 
-def draws(context, number, seed):  # [N] -> positions [n], again and again
-    """First all N positions; then, `number` times, those of contexts drawn by chance.
+def bootstrap(table_of, context, number, seed):
+    """The table of all positions, each of its numbers with a 95 % interval.
+
+    How much may a number owe to chance? Had the student written other responses, it
+    would have come out a little differently. So it is computed again, `number` times,
+    each time from contexts that are drawn from those at hand:
+
+      three contexts with the mean gains        .1  .2  .6    mean .30
+      three of them, drawn with replacement     .6  .1  .6    mean .43
+      once more                                 .2  .2  .1    mean .17
+      ...
+
+    The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
+    those of one response resemble each other: the interval would come out too narrow.
+
+    table_of(positions [n]) -> {row: {column: number}}. Returned is the same with cells
+    {"value": .30, "low": .12, "high": .55}. InputError if a value is nan.
+    """
+    everywhere = np.arange(len(context))
+    table = table_of(everywhere)
+    tables_of_draws = [table_of(drawn) for drawn in draws(context, number, seed)]
+
+    rows = {}
+    for row, columns in table.items():
+        rows[row] = {}
+        for column, value in columns.items():
+            if np.isnan(value):
+                raise opd.InputError(
+                    "there are too few positions for the report's groups; use more "
+                    "--contexts"
+                )
+            results = [drawn[row][column] for drawn in tables_of_draws]
+            # A draw may contain no position of a group by chance: its nan is left out.
+            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
+            rows[row][column] = {"value": float(value), "low": low, "high": high}
+    return rows
+
+
+def draws(context, number, seed):  # [N] -> positions [n], `number` times
+    """The positions of contexts that are drawn by chance.
 
     context [N] says to which context each position belongs. As many are drawn as there
     are, with replacement: one may come twice, another not at all.
     """
-    yield np.arange(len(context))
-
     positions_of = []  # of each context
     for name in np.unique(context):
         positions_of.append(np.flatnonzero(context == name))
@@ -293,49 +339,17 @@ def draws(context, number, seed):  # [N] -> positions [n], again and again
         yield np.concatenate([positions_of[i] for i in drawn])
 
 
-def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
-    """The mean of each outcome over those of the positions that belong to each group.
-
-    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
-    """
-    means = {}
-    for label, member in groups.items():
-        is_inside = member[positions]  # of the drawn positions, which belong to it
-        own = positions[is_inside]
-        means[label] = {}
-        for name, values in outcomes.items():
-            means[label][name] = values[own].mean() if len(own) else np.nan
-    return means
-
-
-def with_intervals(tables):
-    """The first table, each of its numbers with a 95 % interval from all the others.
-
-    The first is of all positions, the others of draws. From, say,
-    [{"all": {"gain": 0.30}}, {"all": {"gain": 0.43}}, {"all": {"gain": 0.17}}, ...] to
-    {"all": {"gain": {"value": 0.30, "low": 0.12, "high": 0.55}}}. InputError if a
-    number of the first is nan.
-    """
-    first, *of_draws = tables
-    rows = {}
-    for row, columns in first.items():
-        rows[row] = {}
-        for column, value in columns.items():
-            if np.isnan(value):
-                raise opd.InputError(
-                    "there are too few positions for the report's groups; use more "
-                    "--contexts"
-                )
-            results = [table[row][column] for table in of_draws]
-            # A draw may contain no position of a group by chance: its nan is left out.
-            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
-            rows[row][column] = {"value": float(value), "low": low, "high": high}
-    return rows
-
-
 # ======================================================================================
 # 3. The second table: which part of the disagreement explains the gain?
 # ======================================================================================
+
+
+EXPLAIN_READING = """
+Slopes: by how many standard deviations the gain rises with one more of a part of D, the
+other part and three controls unchanged. gap = learnable - incompatible. The paper has
+.086 and .043 in forward_kl: a gap above 0. relative: of the share of the forward KL
+that is gone.
+"""
 
 
 def explain(before, gains, args):  # -> rows
@@ -351,10 +365,19 @@ def explain(before, gains, args):  # -> rows
     features = make_features(before)
     regressors = make_regressors(features, REGRESSORS)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(slopes_and_gap(regressors, outcomes, positions))
-    return with_intervals(tables)
+    def table_of(positions):
+        drawn = at_positions(regressors, positions)
+        table = {}
+        for name, outcome in outcomes.items():
+            slopes = least_squares(drawn, outcome[positions])
+            table[name] = {
+                "learnable": slopes["learnable"],
+                "incompatible": slopes["incompatible"],
+                "gap": slopes["learnable"] - slopes["incompatible"],
+            }
+        return table
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
@@ -420,19 +443,6 @@ def zscore(values):  # [N] -> [N]
     return (values - values.mean()) / max(values.std(), 1e-12)
 
 
-def slopes_and_gap(regressors, outcomes, positions):  # -> {outcome: {column: number}}
-    drawn = at_positions(regressors, positions)
-    table = {}
-    for name, outcome in outcomes.items():
-        slopes = least_squares(drawn, outcome[positions])
-        table[name] = {
-            "learnable": slopes["learnable"],
-            "incompatible": slopes["incompatible"],
-            "gap": slopes["learnable"] - slopes["incompatible"],
-        }
-    return table
-
-
 def at_positions(arrays, positions):  # {name: [N]}, [n] -> {name: [n]}
     return {name: array[positions] for name, array in arrays.items()}
 
@@ -453,22 +463,29 @@ def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
 # ======================================================================================
 
 
+THIRDS_READING = """
+Mean gain of the positions with entropy at most, and D at least, its median, in three
+equal groups, from the lowest C to the highest. If the last row is above 0, more is
+gained where the teacher's advice is more compatible.
+"""
+
+
 def compare_thirds(before, gains, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     features = make_features(before)
     labels = ("least compatible", "middle", "most compatible")
     thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
+    def table_of(positions):
         table = group_means(gains, thirds, positions)
         difference = {}
         for name in gains:
             most = table["most compatible"][name]
             difference[name] = most - table["least compatible"][name]
         table["most - least"] = difference
-        tables.append(table)
-    return with_intervals(tables)
+        return table
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
@@ -493,6 +510,13 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
         groups[label] = np.zeros(len(values), dtype=bool)
         groups[label][own] = True
     return groups
+
+
+LEAK_READING = """
+C before: as in the other tables. C after is a leak: by then, what was learned stands in
+the trained student's top K, so C knows what it is asked to predict. Only C before can
+choose positions. most - least: as in Q3 above.
+"""
 
 
 def leak(before, after, gains, args):  # -> rows
@@ -527,6 +551,12 @@ def leak(before, after, gains, args):  # -> rows
 UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
+SHARES_READING = """
+R2, the share of the gain's variance that the regression explains: with D in its two
+parts, and with D and its product with the entropy in their place.
+"""
+
+
 def explained_shares(before, gains, args):  # -> rows
     """R2 with D in its two parts, and with D unsplit: does the split explain more?"""
     outcomes = with_relative(gains, before)
@@ -534,8 +564,7 @@ def explained_shares(before, gains, args):  # -> rows
     split = make_regressors(features, REGRESSORS)
     unsplit = make_regressors(features, UNSPLIT)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
+    def table_of(positions):
         split_drawn = at_positions(split, positions)
         unsplit_drawn = at_positions(unsplit, positions)
         table = {}
@@ -544,8 +573,9 @@ def explained_shares(before, gains, args):  # -> rows
                 "learnable, incompatible": r_squared(split_drawn, outcome[positions]),
                 "D, entropy * D": r_squared(unsplit_drawn, outcome[positions]),
             }
-        tables.append(table)
-    return with_intervals(tables)
+        return table
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
@@ -554,6 +584,11 @@ def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
     for name, slope in least_squares(regressors, outcome).items():
         fitted = fitted + slope * regressors[name]
     return fitted.var() / max(outcome.var(), 1e-12)
+
+
+CORRELATIONS_READING = """
+Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.
+"""
 
 
 def rank_correlations(before, gains, args):  # -> rows
@@ -566,15 +601,15 @@ def rank_correlations(before, gains, args):  # -> rows
     for name, gain in gains.items():
         gain_ranks[name] = mean_ranks(gain)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
+    def table_of(positions):
         table = {}
         for feature, x in feature_ranks.items():
             table[feature] = {}
             for name, y in gain_ranks.items():
                 table[feature][name] = correlation(x[positions], y[positions])
-        tables.append(table)
-    return with_intervals(tables)
+        return table
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 def mean_ranks(values):  # [N] -> [N]
@@ -596,16 +631,22 @@ def correlation(x, y):  # [n], [n] -> number
     return (x * y).sum() / max(scale, 1e-12)
 
 
+QUARTERS_READING = "From the quarter with the least of it to that with the most."
+
+
 def compare_quarters(before, gains, part, args):  # -> rows
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     features = make_features(before)
     labels = ("lowest quarter", "second", "third", "highest")
     quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
 
-    tables = []
-    for positions in draws(before["context"], args.bootstrap, args.seed):
-        tables.append(group_means(gains, quarters, positions))
-    return with_intervals(tables)
+    def table_of(positions):
+        return group_means(gains, quarters, positions)
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
+
+
+TOKENS_READING = "Its most frequent tokens, and their share."
 
 
 def kept_tokens(before, budget, seed, decode):  # -> rows
@@ -625,40 +666,9 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 # ======================================================================================
 
 
-# What stands below each table, in the terminal and on the page.
-READINGS = {
-    "kept": "Of all contexts together, equally many for each method, whatever --budget "
-    "the training had; full keeps all. "
-    "Of equal ranks the earlier are kept: the top 5 % of entropy, D or C are all 1.",
-    "explain": "Slopes: by how many standard deviations the gain rises with one more "
-    "of a part of D, the other part and three controls unchanged. gap = learnable - "
-    "incompatible. The paper has .086 and .043 in forward_kl: a gap above 0. relative: "
-    "of the share of the forward KL that is gone.",
-    "thirds": "Mean gain of the positions with entropy at most, and D at least, its "
-    "median, in three equal groups, from the lowest C to the highest. If the last row "
-    "is above 0, more is gained where the teacher's advice is more compatible.",
-    "leak": "C before: as in the other tables. C after is a leak: by then, what was "
-    "learned stands in the trained student's top K, so C knows what it is asked to "
-    "predict. Only C before can choose positions. most - least: as in Q3 above.",
-    "correlations": "Spearman's: 1 if a quantity orders positions by gain, 0 if it is "
-    "unrelated.",
-    "shares": "R2, the share of the gain's variance that the regression explains: with "
-    "D in its two parts, and with D and its product with the entropy in their place.",
-    "kept less": "As above, for a smaller budget.",
-    "tokens": "Its most frequent tokens, and their share.",
-    "quarters": "Mean gain, from the quarter with the least of it to that with the "
-    "most.",
-    "other k": "As above, with another number of top tokens.",
-}
-
-
 def make_table(title, reading, rows, printed=False):
-    return {
-        "title": title,
-        "reading": READINGS[reading],
-        "rows": rows,
-        "printed": printed,
-    }
+    reading = " ".join(reading.split())  # in one line
+    return {"title": title, "reading": reading, "rows": rows, "printed": printed}
 
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
@@ -677,53 +687,57 @@ def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of t
 def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
     title = f"Mean gain of the 10% that each method would keep, K={k}"
     rows = gain_of_kept(before, gains, 0.1, args)
-    tables = [make_table(title, "kept", rows, printed=True)]
+    tables = [make_table(title, KEPT_READING, rows, printed=True)]
 
     title = f"What explains the gain? K={k}"
     rows = explain(before, gains, args)
-    tables.append(make_table(title, "explain", rows, printed=True))
+    tables.append(make_table(title, EXPLAIN_READING, rows, printed=True))
 
     title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
     rows = compare_thirds(before, gains, args)
-    tables.append(make_table(title, "thirds", rows, printed=True))
+    tables.append(make_table(title, THIRDS_READING, rows, printed=True))
 
     title = f"If C were measured after training, K={k}"
     rows = leak(before, after, gains, args)
-    tables.append(make_table(title, "leak", rows, printed=True))
+    tables.append(make_table(title, LEAK_READING, rows, printed=True))
 
     title = f"How much of the gain is explained? K={k}"
     rows = explained_shares(before, gains, args)
-    tables.append(make_table(title, "shares", rows))
+    tables.append(make_table(title, SHARES_READING, rows))
 
     title = f"Rank correlation with the gain, K={k}"
     rows = rank_correlations(before, gains, args)
-    tables.append(make_table(title, "correlations", rows))
+    tables.append(make_table(title, CORRELATIONS_READING, rows))
 
     for budget in (0.03, 0.05):
         title = f"Mean gain of the {budget:.0%} that each method would keep, K={k}"
         rows = gain_of_kept(before, gains, budget, args)
-        tables.append(make_table(title, "kept less", rows))
+        tables.append(make_table(title, KEPT_READING, rows))
 
     title = f"What each method would keep at 10%, K={k}"
     rows = kept_tokens(before, 0.1, args.seed, decode)
-    tables.append(make_table(title, "tokens", rows))
+    tables.append(make_table(title, TOKENS_READING, rows))
 
     for part in ("learnable", "incompatible"):
         title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
         rows = compare_quarters(before, gains, part, args)
-        tables.append(make_table(title, "quarters", rows))
+        tables.append(make_table(title, QUARTERS_READING, rows))
     return tables
 
 
 def tables_at_other(k, before, after, gains, args):  # -> a list of tables
-    explained = explain(before, gains, args)
-    leaked = leak(before, after, gains, args)
-    thirds = compare_thirds(before, gains, args)
-    return [
-        make_table(f"What explains the gain? K={k}", "other k", explained),
-        make_table(f"If C were measured after training, K={k}", "other k", leaked),
-        make_table(f"Sure, yet in disagreement, K={k}", "other k", thirds),
-    ]
+    title = f"What explains the gain? K={k}"
+    rows = explain(before, gains, args)
+    tables = [make_table(title, EXPLAIN_READING, rows)]
+
+    title = f"If C were measured after training, K={k}"
+    rows = leak(before, after, gains, args)
+    tables.append(make_table(title, LEAK_READING, rows))
+
+    title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
+    rows = compare_thirds(before, gains, args)
+    tables.append(make_table(title, THIRDS_READING, rows))
+    return tables
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

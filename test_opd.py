@@ -3663,13 +3663,6 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
     return found
 
 
-def bootstrap(table_of, context, number, seed):
-    tables = []
-    for positions in diagnose.draws(context, number, seed):
-        tables.append(table_of(positions))
-    return diagnose.with_intervals(tables)
-
-
 def z(values):
     return (values - values.mean()) / values.std()
 
@@ -3684,7 +3677,7 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
         received.append(Counter(positions.tolist()))
         return {"row": {"column": len(positions)}}
 
-    found = bootstrap(count, context, 300, seed=1)["row"]["column"]
+    found = diagnose.bootstrap(count, context, 300, seed=1)["row"]["column"]
     assert found["value"] == 15
     assert received.pop(0) == Counter(range(15))
     assert len(received) == 300
@@ -3716,9 +3709,9 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     def mean(positions):
         return {"row": {"mean": values[positions].mean()}}
 
-    table = bootstrap(mean, context, 2000, seed=1)
-    assert bootstrap(mean, context, 2000, seed=1) == table
-    assert bootstrap(mean, context, 2000, seed=2) != table
+    table = diagnose.bootstrap(mean, context, 2000, seed=1)
+    assert diagnose.bootstrap(mean, context, 2000, seed=1) == table
+    assert diagnose.bootstrap(mean, context, 2000, seed=2) != table
     found = table["row"]["mean"]
     assert found["value"] == values.mean()
 
@@ -3821,7 +3814,7 @@ def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
     def means(positions):
         return diagnose.group_means(outcomes, groups, positions)
 
-    found = bootstrap(means, context, 50, seed=0)
+    found = diagnose.bootstrap(means, context, 50, seed=0)
     assert found == {"group": {"gain": {"value": 1.5, "low": 1.5, "high": 1.5}}}
 
 
@@ -3852,7 +3845,7 @@ def test_intervals_are_percentiles_of_the_draws_alone():
     context = np.array([0, 0, 1])
     draws = drawn(context, 201, seed=0)
     others = sum(sorted(at) != [0, 1, 2] for at in draws)
-    found = bootstrap(make_table, context, 201, seed=0)["row"]["column"]
+    found = diagnose.bootstrap(make_table, context, 201, seed=0)["row"]["column"]
     results = [1000] * (201 - others) + list(range(others))
     assert found["value"] == 1000
     assert found["low"] == pytest.approx(quantile(results, 0.025))
@@ -3864,7 +3857,7 @@ def test_a_table_in_which_a_value_is_missing_is_refused():
         return {"a": {"x": 1.0}, "b": {"x": math.nan}}
 
     with pytest.raises(ValueError, match="too few positions"):
-        bootstrap(make_table, np.array([0, 1]), 5, seed=0)
+        diagnose.bootstrap(make_table, np.array([0, 1]), 5, seed=0)
 
 
 # ======================================================================================
@@ -3923,9 +3916,9 @@ SHARES = "How much of the gain is explained? K=16"
 RANKED = "Rank correlation with the gain, K=16"
 QUARTERS = "Sure, yet in disagreement, by quarters of its {} part, K=16"
 THIRDS = {
-    8: "Sure, yet in disagreement, K=8",
+    8: "Sure, yet in disagreement (the paper's Q3), K=8",
     16: "Sure, yet in disagreement (the paper's Q3), K=16",
-    32: "Sure, yet in disagreement, K=32",
+    32: "Sure, yet in disagreement (the paper's Q3), K=32",
 }
 
 

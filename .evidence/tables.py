@@ -76,14 +76,14 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     regressors = diagnose.make_regressors(diagnose.make_features(before), names)
     outcome = diagnose.zscore(gain)
 
-    tables = []
-    for positions in diagnose.draws(before["context"], number=1000, seed=0):
+    def table_of(positions):
         drawn = diagnose.at_positions(regressors, positions)
         slopes = diagnose.least_squares(drawn, outcome[positions])
         table = {name: {"slope": slope} for name, slope in slopes.items()}
         table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
-        tables.append(table)
-    rows = diagnose.with_intervals(tables)
+        return table
+
+    rows = diagnose.bootstrap(table_of, before["context"], number=1000, seed=0)
     return {name: cells["slope"] for name, cells in rows.items()}
 
 
