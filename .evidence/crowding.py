@@ -116,6 +116,19 @@ def show(variant):
     print(f"| {variant} | {len(summaries)} |", " | ".join(cells), "|")
 
 
+def show_share_of_gets():  # of what largest-loss keeps, in the first and the last steps
+    shares = {"first": [], "last": []}
+    for path in sorted(FOLDER.glob("largest-loss-[0-9]/log.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [line["kept_is_gets"] for line in lines]
+        shares["first"].append(statistics.mean(kept[:10]))
+        shares["last"].append(statistics.mean(kept[-10:]))
+    for name, values in shares.items():
+        if values:
+            share = statistics.mean(values)
+            print(f'largest-loss keeps {share:.0%} "gets" in the {name} ten steps')
+
+
 if len(sys.argv) == 3:
     opd.run(train, sys.argv[1], int(sys.argv[2]))
 else:
@@ -123,3 +136,4 @@ else:
     print("|---|---|---|---|")
     for variant in VARIANTS:
         show(variant)
+    show_share_of_gets()
