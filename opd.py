@@ -968,9 +968,10 @@ SHOWN = (  # in the terminal, before what a measure_fn of your own adds
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    # What is measured at a position is in the line twice: as NAME and as kept_NAME.
-    added = [name for name in line if f"kept_{name}" in line and name not in SHOWN]
-    columns = [*SHOWN, *added]
+    columns = list(SHOWN)
+    for name in line:  # what a measure_fn adds is there as NAME and as kept_NAME
+        if f"kept_{name}" in line and name not in SHOWN:
+            columns += [name, f"kept_{name}"]
     widths = {name: max(7, len(name)) for name in columns}
     if not path.exists():  # this is the first row: before it, the heading
         show("  ".join(f"{name:>{widths[name]}}" for name in columns))
