@@ -914,8 +914,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
         lengths.append(batch.mask.sum(-1).float())
         truncated.append(batch.truncated.float())
+        size = args.micro_batch_size
         scores, _ = score(
-            pair, batch, args.top_k, args.micro_batch_size, measure_held_out
+            pair, batch, micro_batch_size=size, measure_fn=measure_held_out
         )
         for name, values in scores.items():
             measured[name].append(values[batch.mask])
