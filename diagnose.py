@@ -41,11 +41,12 @@ is not. The two tables to look at first:
                 forward_kl  -0.053 [-0.098, +0.000]  +1.014 [+0.961, +1.068]
 
                 One standard deviation more of the incompatible part goes with a gain in
-                forward KL that is 1.014 standard deviations larger. (How this goes with
-                the first table: finding 5 of the README.)
+                forward KL that is 1.014 standard deviations larger. So in forward KL
+                the demo does not bear the hypothesis out: each "gets" gains three nats,
+                and that is incompatible. (In reverse KL it gains nothing.)
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
-K of D and C is 16; the page has the main tables with 8 and with 32, too.
+K of D and C is 16; report.html has the main tables with 8 and with 32, too.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
@@ -112,35 +113,11 @@ def sample_contexts(pair, prompts, args):  # -> [opd.Rollout]
     return batches
 
 
-def measure_contexts(pair, batches, args):  # -> {name: [N]}
-    """What `measure_chunk` measures, and "context" and "progress" from `locate`.
-
-    The N positions come context by context, left to right.
-    """
-
-    def measure_fn(student_logits, teacher_logits, tokens, k):
-        # In place of one k all of them, so that the models read the text only once.
-        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
-
-    parts = defaultdict(list)
-    first_context = 0  # of the batch
-    for batch in tqdm(batches, "scoring contexts", disable=None):
-        size = args.micro_batch_size
-        scores, _ = opd.score(pair, batch, micro_batch_size=size, measure_fn=measure_fn)
-        response, progress = locate(batch.mask)
-        scores["context"] = first_context + response
-        scores["progress"] = progress
-        first_context += len(batch.mask)
-        for name, values in scores.items():
-            parts[name].append(values[batch.mask].cpu().numpy())
-
-    measured = {}
-    for name, arrays in parts.items():
-        values = np.concatenate(arrays)
-        if values.dtype == np.float32:
-            values = values.astype(np.float64)  # for long sums
-        measured[name] = values
-    return measured
+def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
+    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
+    p = student_logits.float().softmax(-1)
+    q = teacher_logits.float().softmax(-1)
+    return torch.minimum(p, q).sum(-1)
 
 
 def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
@@ -172,13 +149,6 @@ def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
     return measured
 
 
-def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
-    p = student_logits.float().softmax(-1)
-    q = teacher_logits.float().softmax(-1)
-    return torch.minimum(p, q).sum(-1)
-
-
 def locate(mask):  # [B, R] bool -> [B, R] twice
     """Where a position stands: in which response, and how far into it, from 0 to 1."""
     response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
@@ -186,6 +156,37 @@ def locate(mask):  # [B, R] bool -> [B, R] twice
     length = mask.sum(-1, keepdim=True)
     progress = tokens_before.double() / (length - 1).clamp(min=1)
     return response, progress
+
+
+def measure_contexts(pair, batches, args):  # -> {name: [N]}
+    """What `measure_chunk` measures, and "context" and "progress" from `locate`.
+
+    The N positions come context by context, left to right.
+    """
+
+    def measure_fn(student_logits, teacher_logits, tokens, k):
+        # In place of one k all of them, so that the models read the text only once.
+        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
+
+    parts = defaultdict(list)
+    first_context = 0  # of the batch
+    for batch in tqdm(batches, "scoring contexts", disable=None):
+        size = args.micro_batch_size
+        scores, _ = opd.score(pair, batch, micro_batch_size=size, measure_fn=measure_fn)
+        response, progress = locate(batch.mask)
+        scores["context"] = first_context + response
+        scores["progress"] = progress
+        first_context += len(batch.mask)
+        for name, values in scores.items():
+            parts[name].append(values[batch.mask].cpu().numpy())
+
+    measured = {}
+    for name, arrays in parts.items():
+        values = np.concatenate(arrays)
+        if values.dtype == np.float32:
+            values = values.astype(np.float64)  # for long sums
+        measured[name] = values
+    return measured
 
 
 def load_trained(pair, args):  # -> Pair with the student of --after
@@ -211,17 +212,6 @@ def gains_of(before, after):  # -> {measure: [N]}
     }
 
 
-# ======================================================================================
-# 2. The first table: how much do the positions gain that each method would keep?
-#
-#    From here on, `before` and `after` are what `measure_contexts` returned, with D and
-#    C of one K (`at_k`): {name: [N]}. And `gains` is {measure: [N]}. Each table is made
-#    by one function, which stands before those that it calls. It returns the table's
-#    rows, {row: {column: cell}}; a cell is a number with its interval. The text above
-#    the function, ..._READING, is printed below the table.
-# ======================================================================================
-
-
 def at_k(measured, k):  # {name: [N]} -> {name: [N]}
     """With this K's D and C under the names "divergence" and "compatibility".
 
@@ -234,23 +224,86 @@ def at_k(measured, k):  # {name: [N]} -> {name: [N]}
     }
 
 
-KEPT_READING = """
-Of all contexts together, equally many for each method, whatever --budget the training
-had; full keeps all. Of equal ranks the earlier are kept: the top 5 % of entropy, D or C
-are all 1.
-"""
+# ======================================================================================
+# 2. The first table: how much do the positions gain that each method would keep?
+#
+#    A table is {row: {column: cell}}, and a cell is a number with its interval. Each is
+#    made by one function, from what was measured `before` training (and `after` it),
+#    with D and C of one K (`at_k`), and from the `gains`: all {name: [N]}. In this
+#    function stands another, table_of(positions): the table of the positions that it is
+#    given. `bootstrap` calls it with all positions, for the numbers, and many times with
+#    others, for their intervals.
+# ======================================================================================
 
 
-def gain_of_kept(before, gains, budget, args):  # -> rows
-    """Mean gain of what each method would keep, at the same count for all."""
-    kept = {}
-    for method in opd.METHODS:
-        kept[method] = kept_by(method, before, budget, args.seed)
+def draws(context, number, seed):  # [N] -> positions [n], `number` times
+    """The positions of contexts that are drawn by chance.
 
-    def table_of(positions):
-        return group_means(gains, kept, positions)
+    context [N] says to which context each position belongs. As many are drawn as there
+    are, with replacement: one may come twice, another not at all.
+    """
+    positions_of = []  # of each context
+    for number_of_context in np.unique(context):
+        positions_of.append(np.flatnonzero(context == number_of_context))
 
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
+    generator = np.random.default_rng(seed)
+    for _ in range(number):
+        contexts = generator.integers(len(positions_of), size=len(positions_of))
+        yield np.concatenate([positions_of[i] for i in contexts])
+
+
+def bootstrap(table_of, context, number, seed):
+    """The table of all positions, each of its numbers with a 95 % interval.
+
+    How much may a number owe to chance? Had the student written other responses, it
+    would have come out a little differently. So it is computed again, `number` times,
+    each time from contexts that are drawn from those at hand:
+
+      three contexts with the mean gains        .1  .2  .6    mean .30
+      three of them, drawn with replacement     .6  .1  .6    mean .43
+      once more                                 .2  .2  .1    mean .17
+      ...
+
+    The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
+    those of one response resemble each other: the interval would come out too narrow.
+
+    table_of(positions [n]) -> {row: {column: number}}. In what is returned, a cell is
+    {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
+    """
+    everywhere = np.arange(len(context))
+    whole = table_of(everywhere)
+    others = [table_of(positions) for positions in draws(context, number, seed)]
+
+    rows = {}
+    for row, columns in whole.items():
+        rows[row] = {}
+        for column, value in columns.items():
+            if np.isnan(value):
+                raise opd.InputError(
+                    "there are too few positions for the report's groups; use more "
+                    "--contexts"
+                )
+            results = [table[row][column] for table in others]
+            # A draw may contain no position of a group by chance: its nan is left out.
+            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
+            rows[row][column] = {"value": float(value), "low": low, "high": high}
+    return rows
+
+
+def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
+    """The mean of each outcome over those of the positions that belong to each group.
+
+    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
+    """
+    means = {}
+    for label, member in groups.items():
+        # Of the given positions, those that belong. One that was drawn twice is there
+        # twice: of positions 4 7 4, with only 4 a member, it leaves 4 4.
+        own = positions[member[positions]]
+        means[label] = {}
+        for name, values in outcomes.items():
+            means[label][name] = values[own].mean() if len(own) else np.nan
+    return means
 
 
 def kept_by(method, before, budget, seed):  # -> [N] bool
@@ -270,125 +323,29 @@ def kept_by(method, before, budget, seed):  # -> [N] bool
     return opd.select(ranks, mask, budget)[0].numpy()
 
 
-def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
-    """The mean of each outcome over those of the positions that belong to each group.
-
-    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
-    """
-    means = {}
-    for label, member in groups.items():
-        belongs = member[positions]  # [n] bool
-        own = positions[belongs]
-        means[label] = {}
-        for name, values in outcomes.items():
-            means[label][name] = values[own].mean() if len(own) else np.nan
-    return means
+KEPT_READING = """
+Mean gain of the positions that each method would keep of all contexts together: equally
+many for each, whatever --budget the training had, but for full, which keeps all. Where
+ranks are equal (the top 5 % of entropy, of D and of C are all 1), the earlier ones are
+kept.
+"""
 
 
-def bootstrap(table_of, context, number, seed):
-    """The table of all positions, each of its numbers with a 95 % interval.
+def gain_of_kept(before, gains, budget, args):  # -> rows
+    """Mean gain of what each method would keep, at the same count for all."""
+    kept = {}
+    for method in opd.METHODS:
+        kept[method] = kept_by(method, before, budget, args.seed)
 
-    How much may a number owe to chance? Had the student written other responses, it
-    would have come out a little differently. So it is computed again, `number` times,
-    each time from contexts that are drawn from those at hand:
+    def table_of(positions):
+        return group_means(gains, kept, positions)
 
-      three contexts with the mean gains        .1  .2  .6    mean .30
-      three of them, drawn with replacement     .6  .1  .6    mean .43
-      once more                                 .2  .2  .1    mean .17
-      ...
-
-    The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
-    those of one response resemble each other: the interval would come out too narrow.
-
-    table_of(positions [n]) -> {row: {column: number}}. Returned is the same with cells
-    {"value": .30, "low": .12, "high": .55}. InputError if a value is nan.
-    """
-    everywhere = np.arange(len(context))
-    table = table_of(everywhere)
-    tables_of_draws = [table_of(drawn) for drawn in draws(context, number, seed)]
-
-    rows = {}
-    for row, columns in table.items():
-        rows[row] = {}
-        for column, value in columns.items():
-            if np.isnan(value):
-                raise opd.InputError(
-                    "there are too few positions for the report's groups; use more "
-                    "--contexts"
-                )
-            results = [drawn[row][column] for drawn in tables_of_draws]
-            # A draw may contain no position of a group by chance: its nan is left out.
-            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
-            rows[row][column] = {"value": float(value), "low": low, "high": high}
-    return rows
-
-
-def draws(context, number, seed):  # [N] -> positions [n], `number` times
-    """The positions of contexts that are drawn by chance.
-
-    context [N] says to which context each position belongs. As many are drawn as there
-    are, with replacement: one may come twice, another not at all.
-    """
-    positions_of = []  # of each context
-    for name in np.unique(context):
-        positions_of.append(np.flatnonzero(context == name))
-
-    generator = np.random.default_rng(seed)
-    for _ in range(number):
-        drawn = generator.integers(len(positions_of), size=len(positions_of))
-        yield np.concatenate([positions_of[i] for i in drawn])
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
 # ======================================================================================
 # 3. The second table: which part of the disagreement explains the gain?
 # ======================================================================================
-
-
-EXPLAIN_READING = """
-Slopes: by how many standard deviations the gain rises with one more of a part of D, the
-other part and three controls unchanged. gap = learnable - incompatible. The paper has
-.086 and .043 in forward_kl: a gap above 0. relative: of the share of the forward KL
-that is gone.
-"""
-
-
-def explain(before, gains, args):  # -> rows
-    """Which part of the disagreement goes with the gain, learnable or incompatible?
-
-    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
-    says: with one standard deviation more of this regressor, and the others unchanged,
-    the gain is .3 standard deviations higher.
-    """
-    outcomes = {}
-    for name, gain in with_relative(gains, before).items():
-        outcomes[name] = zscore(gain)
-    features = make_features(before)
-    regressors = make_regressors(features, REGRESSORS)
-
-    def table_of(positions):
-        drawn = at_positions(regressors, positions)
-        table = {}
-        for name, outcome in outcomes.items():
-            slopes = least_squares(drawn, outcome[positions])
-            table[name] = {
-                "learnable": slopes["learnable"],
-                "incompatible": slopes["incompatible"],
-                "gap": slopes["learnable"] - slopes["incompatible"],
-            }
-        return table
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
-def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
-    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
-
-    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
-    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
-    """
-    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
-    low, high = np.quantile(share, [0.01, 0.99])
-    return {**gains, "relative": np.clip(share, low, high)}
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -399,7 +356,10 @@ def normalize(values):  # [N] -> [N] in [0, 1]
 
 
 def make_features(before):  # {name: [N]} -> {name: [N]}
-    """What may explain the gain: measured quantities, rescaled to [0, 1], and more."""
+    """What may explain the gain: measured quantities, rescaled to [0, 1], and more.
+
+    From here on, D and C are the rescaled ones (with a tilde in the README).
+    """
     h = normalize(before["entropy"])
     d = normalize(before["divergence"])
     c = normalize(before["compatibility"])
@@ -414,6 +374,11 @@ def make_features(before):  # {name: [N]} -> {name: [N]}
         "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
     }
+
+
+def zscore(values):  # [N] -> [N]
+    """Rescaled to mean 0 and variance 1; a constant becomes zeros."""
+    return (values - values.mean()) / max(values.std(), 1e-12)
 
 
 # What the gain is predicted from: the two parts of D, which are in question, and three
@@ -438,11 +403,6 @@ def make_regressors(features, names):  # {name: [N]} -> {name: [N]}
     return regressors
 
 
-def zscore(values):  # [N] -> [N]
-    """Rescaled to mean 0 and variance 1; a constant becomes zeros."""
-    return (values - values.mean()) / max(values.std(), 1e-12)
-
-
 def at_positions(arrays, positions):  # {name: [N]}, [n] -> {name: [n]}
     return {name: array[positions] for name, array in arrays.items()}
 
@@ -457,40 +417,63 @@ def least_squares(regressors, outcome):  # {name: [n]}, [n] -> {name: slope}
     return dict(zip(regressors, b[1:]))  # without the intercept
 
 
-# ======================================================================================
-# 4. Two more tables that are printed: one on positions where the student is sure, and
-#    one on a mistake, C from after training
-# ======================================================================================
+def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
+    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
+
+    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
+    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
+    """
+    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
+    low, high = np.quantile(share, [0.01, 0.99])
+    return {**gains, "relative": np.clip(share, low, high)}
 
 
-THIRDS_READING = """
-Mean gain of the positions with entropy at most, and D at least, its median, in three
-equal groups, from the lowest C to the highest. If the last row is above 0, more is
-gained where the teacher's advice is more compatible.
+EXPLAIN_READING = """
+The slope .3 in the column "learnable" says: where the learnable part of D is one
+standard deviation larger, and the incompatible part and three controls are the same,
+the gain is .3 standard deviations larger. gap = learnable - incompatible. In
+forward_kl, the paper has .086 and .043. The last row is of the share of the forward KL
+that is gone.
 """
 
 
-def compare_thirds(before, gains, args):  # -> rows
-    """Where the student is sure yet disagrees: is more gained where C is larger?"""
+def explain(before, gains, args):  # -> rows
+    """Which part of the disagreement goes with the gain, learnable or incompatible?
+
+    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
+    says: with one standard deviation more of this regressor, and the others unchanged,
+    the gain is .3 standard deviations higher.
+    """
+    outcomes = {}
+    for name, gain in with_relative(gains, before).items():
+        outcomes[name] = zscore(gain)
     features = make_features(before)
-    labels = ("least compatible", "middle", "most compatible")
-    thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
+    regressors = make_regressors(features, REGRESSORS)
 
     def table_of(positions):
-        table = group_means(gains, thirds, positions)
-        difference = {}
-        for name in gains:
-            most = table["most compatible"][name]
-            difference[name] = most - table["least compatible"][name]
-        table["most - least"] = difference
+        given = at_positions(regressors, positions)
+        table = {}
+        for name, outcome in outcomes.items():
+            slopes = least_squares(given, outcome[positions])
+            table[name] = {
+                "learnable": slopes["learnable"],
+                "incompatible": slopes["incompatible"],
+                "gap": slopes["learnable"] - slopes["incompatible"],
+            }
         return table
 
     return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
+# ======================================================================================
+# 4. Two more tables that are printed: one of positions where the student is sure, and
+#    one of a mistake, C from after training
+# ======================================================================================
+
+
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Entropy at most, and D at least, its median. (Entropy and D, each split at its
-    median, make four quadrants; the paper numbers this one Q3.)
+    """Positions of low entropy and high D: not above the one's median, not below the
+    other's. (The two medians make four quadrants; the paper numbers this one Q3.)
     """
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
@@ -512,10 +495,37 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
     return groups
 
 
+THIRDS_READING = """
+Of the positions where the student is sure (its entropy is at most the median) and yet
+disagrees (D is at least the median): their mean gain in three equal groups, from the
+lowest C to the highest. If the last row is above 0, more is gained where the teacher's
+advice is more compatible.
+"""
+
+
+def compare_thirds(before, gains, args):  # -> rows
+    """Where the student is sure yet disagrees: is more gained where C is larger?"""
+    features = make_features(before)
+    labels = ("least compatible", "middle", "most compatible")
+    thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
+
+    def table_of(positions):
+        table = group_means(gains, thirds, positions)
+        difference = {}
+        for name in gains:
+            most = table["most compatible"][name]
+            difference[name] = most - table["least compatible"][name]
+        table["most - least"] = difference
+        return table
+
+    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
+
+
 LEAK_READING = """
-C before: as in the other tables. C after is a leak: by then, what was learned stands in
-the trained student's top K, so C knows what it is asked to predict. Only C before can
-choose positions. most - least: as in Q3 above.
+Two figures from above (gap, most - least), with C from before training and with C from
+after it. The latter is a leak: by then, what was learned stands in the trained
+student's top K, so C knows what it is asked to predict. Only C from before can choose
+positions.
 """
 
 
@@ -546,6 +556,14 @@ def leak(before, after, gains, args):  # -> rows
 # ======================================================================================
 
 
+def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
+    """How much of the outcome's variance do the regressors explain?"""
+    fitted = 0.0  # without the intercept, which does not change its variance
+    for name, slope in least_squares(regressors, outcome).items():
+        fitted = fitted + slope * regressors[name]
+    return fitted.var() / max(outcome.var(), 1e-12)
+
+
 # The paper's baseline: D as a whole, also in product with the entropy. If that explains
 # as much, the split is worth nothing.
 UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
@@ -565,25 +583,36 @@ def explained_shares(before, gains, args):  # -> rows
     unsplit = make_regressors(features, UNSPLIT)
 
     def table_of(positions):
-        split_drawn = at_positions(split, positions)
-        unsplit_drawn = at_positions(unsplit, positions)
+        split_given = at_positions(split, positions)
+        unsplit_given = at_positions(unsplit, positions)
         table = {}
         for name, outcome in outcomes.items():
             table[name] = {
-                "learnable, incompatible": r_squared(split_drawn, outcome[positions]),
-                "D, entropy * D": r_squared(unsplit_drawn, outcome[positions]),
+                "learnable, incompatible": r_squared(split_given, outcome[positions]),
+                "D, entropy * D": r_squared(unsplit_given, outcome[positions]),
             }
         return table
 
     return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
 
 
-def r_squared(regressors, outcome):  # {name: [n]}, [n] -> share
-    """How much of the outcome's variance do the regressors explain?"""
-    fitted = 0.0  # without the intercept, which does not change its variance
-    for name, slope in least_squares(regressors, outcome).items():
-        fitted = fitted + slope * regressors[name]
-    return fitted.var() / max(outcome.var(), 1e-12)
+def mean_ranks(values):  # [N] -> [N]
+    """1 for the lowest value; equal values share the mean of their ranks.
+
+    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
+    """
+    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(equals)  # the last rank of each level of values
+    mean = last - (equals - 1) / 2
+    return mean[level]
+
+
+def correlation(x, y):  # [n], [n] -> number
+    """Pearson's correlation; of a constant, 0."""
+    x = x - x.mean()
+    y = y - y.mean()
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return (x * y).sum() / max(scale, 1e-12)
 
 
 CORRELATIONS_READING = """
@@ -610,25 +639,6 @@ def rank_correlations(before, gains, args):  # -> rows
         return table
 
     return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
-def mean_ranks(values):  # [N] -> [N]
-    """1 for the lowest value; equal values share the mean of their ranks.
-
-    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
-    """
-    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(equals)  # the last rank of each level of values
-    mean = last - (equals - 1) / 2
-    return mean[level]
-
-
-def correlation(x, y):  # [n], [n] -> number
-    """Pearson's correlation; of a constant, 0."""
-    x = x - x.mean()
-    y = y - y.mean()
-    scale = np.sqrt((x**2).sum() * (y**2).sum())
-    return (x * y).sum() / max(scale, 1e-12)
 
 
 QUARTERS_READING = "From the quarter with the least of it to that with the most."
@@ -666,44 +676,49 @@ def kept_tokens(before, budget, seed, decode):  # -> rows
 # ======================================================================================
 
 
-def make_table(title, reading, rows, printed=False):
+def make_table(title, reading, rows):
     reading = " ".join(reading.split())  # in one line
-    return {"title": title, "reading": reading, "rows": rows, "printed": printed}
+    return {"title": title, "reading": reading, "rows": rows, "printed": False}
 
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
     """Everything that the report says in numbers. Some is printed; the page has all."""
     gains = gains_of(before, after)
     k = args.top_k
-    tables = tables_at(k, at_k(before, k), at_k(after, k), gains, args, decode)
+    tables = main_tables(k, at_k(before, k), at_k(after, k), gains, args)
+    for table in tables:
+        table["printed"] = True
+
+    tables += more_tables(k, at_k(before, k), gains, args, decode)
     for other in args.ks:
         if other != k:
-            other_before = at_k(before, other)
-            other_after = at_k(after, other)
-            tables += tables_at_other(other, other_before, other_after, gains, args)
+            before_k = at_k(before, other)
+            after_k = at_k(after, other)
+            tables += main_tables(other, before_k, after_k, gains, args)
     return tables
 
 
-def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
+def main_tables(k, before, after, gains, args):  # -> a list of tables
+    kept = gain_of_kept(before, gains, 0.1, args)
+    explained = explain(before, gains, args)
+    thirds = compare_thirds(before, gains, args)
+    leaked = leak(before, after, gains, args)
+
     title = f"Mean gain of the 10% that each method would keep, K={k}"
-    rows = gain_of_kept(before, gains, 0.1, args)
-    tables = [make_table(title, KEPT_READING, rows, printed=True)]
-
+    tables = [make_table(title, KEPT_READING, kept)]
     title = f"What explains the gain? K={k}"
-    rows = explain(before, gains, args)
-    tables.append(make_table(title, EXPLAIN_READING, rows, printed=True))
-
+    tables.append(make_table(title, EXPLAIN_READING, explained))
     title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
-    rows = compare_thirds(before, gains, args)
-    tables.append(make_table(title, THIRDS_READING, rows, printed=True))
-
+    tables.append(make_table(title, THIRDS_READING, thirds))
     title = f"If C were measured after training, K={k}"
-    rows = leak(before, after, gains, args)
-    tables.append(make_table(title, LEAK_READING, rows, printed=True))
+    tables.append(make_table(title, LEAK_READING, leaked))
+    return tables
 
+
+def more_tables(k, before, gains, args, decode):  # -> a list of tables
     title = f"How much of the gain is explained? K={k}"
     rows = explained_shares(before, gains, args)
-    tables.append(make_table(title, SHARES_READING, rows))
+    tables = [make_table(title, SHARES_READING, rows)]
 
     title = f"Rank correlation with the gain, K={k}"
     rows = rank_correlations(before, gains, args)
@@ -722,21 +737,6 @@ def tables_at(k, before, after, gains, args, decode):  # -> a list of tables
         title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
         rows = compare_quarters(before, gains, part, args)
         tables.append(make_table(title, QUARTERS_READING, rows))
-    return tables
-
-
-def tables_at_other(k, before, after, gains, args):  # -> a list of tables
-    title = f"What explains the gain? K={k}"
-    rows = explain(before, gains, args)
-    tables = [make_table(title, EXPLAIN_READING, rows)]
-
-    title = f"If C were measured after training, K={k}"
-    rows = leak(before, after, gains, args)
-    tables.append(make_table(title, LEAK_READING, rows))
-
-    title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
-    rows = compare_thirds(before, gains, args)
-    tables.append(make_table(title, THIRDS_READING, rows))
     return tables
 
 

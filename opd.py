@@ -26,8 +26,9 @@ Notation: p is the student's next-token distribution, q the teacher's. KL and en
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
 Names and formulas are the paper's, except for what the README lists at its end.
 Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
-tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
-padding after an end.
+tokens in the vocabulary, E hidden units. A mask [B, R] is True at the valid positions;
+the others are padding after an end. N is the number of a batch's valid positions, n
+that of some of them.
 
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -103,7 +104,7 @@ def simple_step(
     # 4. Select: the best tenth.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update: lower KL(student || teacher) there, now with a gradient.
+    # 5. Update: lower KL(student || teacher) there. (Outside of no_grad, this time.)
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     optimizer.zero_grad()
     loss.backward()
@@ -115,6 +116,11 @@ def simple_step(
 # ======================================================================================
 # 2. The mathematics: pure functions of logits. Those in half precision are cast to
 #    float32 first. Copy parts 1 and 2 freely: they need math, numpy and torch, no more.
+#    For example, from the logits [B, R, V] of two models to the most teachable tenth:
+#
+#      scores = measure(student_logits, teacher_logits)
+#      mask = torch.ones(student_logits.shape[:-1]).bool()  # no padding
+#      keep = select(rank("teachability", scores, mask), mask, budget=0.1)
 # ======================================================================================
 
 
@@ -246,6 +252,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     `scores` is what `measure` returns. "random" draws from `generator`, on the CPU.
     ValueError for a method that is unknown, and for "full", which does not rank.
     """
+    # Rescaled to [0, 1] over the batch: in the README, these have a tilde.
     H = robust_normalize(scores["entropy"], mask)
     D = robust_normalize(scores["divergence"], mask)
     C = robust_normalize(scores["compatibility"], mask)
@@ -281,9 +288,12 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
 
     Ties go to the earlier position, row by row from the first response. Then each
     response of which nothing was kept gets its best position, which may exceed the
-    budget. For example, with ranks [[.9, .7, .1], [.2, .3, .8]], the last position
-    padding, and budget .4: N is 5, .9 and .7 are kept, and then .3, too. ValueError for
-    a budget outside (0, 1], and for ranks of another shape.
+    budget. With a budget of .4, and N = 5:
+
+      ranks  [[.9, .7, .1],      keep  [[True,  True, False],    2 of 5: the best
+              [.2, .3, padding]]       [False, True, False]]     its response's best
+
+    ValueError for a budget outside (0, 1], and for ranks of another shape.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -352,10 +362,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #      teacher reads    no         micro-batches    of all positions, in chunks
 #      student learns   yes        micro-batches    of the kept positions, in chunks
 #
-#    In the last one, the teacher's layers do not run again: from what they gave in the
-#    third, its head makes the logits of the kept positions.
-#
-#    More shapes: E hidden units, N valid positions of a batch, n some of them.
+#    In the last one, the teacher's layers do not run again: from the hidden states that
+#    they gave in the third, its head makes the logits of the kept positions anew.
 # ======================================================================================
 
 
@@ -413,7 +421,7 @@ def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
         max_new_tokens=max_new_tokens,
         # generate() takes None, and no empty list: hence `or None`, twice.
         eos_token_id=pair.end_ids or None,
-        suppress_tokens=never_sampled(pair) or None,
+        suppress_tokens=never_sampled(pair) or None,  # what the teacher cannot score
         pad_token_id=PADDING,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
@@ -476,8 +484,8 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
         )
     hidden = output.last_hidden_state  # [rows, P + R, E]
 
-    length = batch.responses.shape[1]  # R
-    return hidden[:, -length - 1 : -1]  # one place early, as in `simple_step`
+    prompt_length = batch.ids.shape[1] - batch.responses.shape[1]  # P
+    return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
 
 
 @torch.no_grad()
@@ -538,15 +546,15 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     teacher_hidden = hidden_states_of_batch(pair.teacher, batch, micro_batch_size)
 
     # Flatten: the N valid positions, row by row.
-    student_valid = student_hidden[batch.mask]  # [N, E]
-    teacher_valid = teacher_hidden[batch.mask]
+    student_flat = student_hidden[batch.mask]  # [N, E]
+    teacher_flat = teacher_hidden[batch.mask]
     tokens = batch.responses[batch.mask]  # [N]
 
     # Measure, chunk by chunk.
     found = defaultdict(list)
     for chunk in chunks(pair, len(tokens)):
-        student_logits = next_token_logits(pair, pair.student, student_valid[chunk])
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_valid[chunk])
+        student_logits = next_token_logits(pair, pair.student, student_flat[chunk])
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_flat[chunk])
         measured = measure_fn(student_logits, teacher_logits, tokens[chunk], k)
         for name, values in measured.items():
             found[name].append(values)
@@ -580,7 +588,8 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
     total = 0.0
     for chunk in chunks(pair, len(tokens)):
         # checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the logits, and
-        # makes them again when the gradient needs them. (Nothing in it is random.)
+        # calls loss_of(chunk) once more when backward() needs them. So one chunk's
+        # logits are held at a time. (Nothing is random here: no state to restore.)
         total = total + checkpoint(
             loss_of, chunk, use_reentrant=False, preserve_rng_state=False
         )
@@ -603,7 +612,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         kept = keep[rows]
-        if not kept.any():
+        if not kept.any():  # only if `keep` is not from `select`
             continue
         student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
@@ -691,7 +700,7 @@ def train_step(
         keep = select(ranks, batch.mask, budget)
 
     # 5. Update: the student reads once more, now with a gradient. The teacher does not:
-    #    what its layers gave in step 2 is used again.
+    #    its hidden states of step 2 are used again.
     loss, norm = update(
         pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
     )

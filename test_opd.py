@@ -1043,6 +1043,13 @@ def test_parts_1_and_2_as_a_whole_run_when_pasted_into_a_notebook(long_pair):
     ranks = pasted["rank"]("teachability", scores, mask)
     keep = pasted["select"](ranks, mask, 0.25)
     assert keep.sum() >= 9
+
+    # The example at the head of part 2 gives the same, at its own K and budget.
+    example = re.findall(r"^#      (.*)$", parts, re.M)
+    pasted |= {"student_logits": s, "teacher_logits": t}
+    exec("\n".join(example), pasted)
+    ranks_at_16 = opd.rank("teachability", opd.measure(s, t, k=16), mask)
+    assert torch.equal(pasted["keep"], opd.select(ranks_at_16, mask, 0.1))
     assert torch.equal(ranks, opd.rank("teachability", scores, mask))
     with pytest.raises(ValueError):
         pasted["token_loss"]("nonsense", s, t, torch.zeros(4, 9).long())
@@ -4314,7 +4321,7 @@ def test_a_real_diagnosis_reports_everything_with_intervals(measured):
     assert set(report["versions"]) == {"torch", "transformers", "numpy"}
 
     assert "nan" not in json.dumps(report).lower()
-    assert len(report["tables"]) == 17
+    assert len(report["tables"]) == 19
     for table in report["tables"]:
         assert html.escape(table["title"]) in page
         first_row, *_ = table["rows"].values()
