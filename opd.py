@@ -18,9 +18,10 @@ One training step:
               one of each response
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
-Read parts 1 to 4 from top to bottom: the step on one page, its mathematics, the same
-step as the program takes it, training and evaluation. Parts 5 to 7 are for looking
-things up: models, prompts and files; the demo's world; the command line.
+The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3 and 4
+are the same step as the program takes it, training and evaluation. The second half of
+the file, parts 5 to 7, is for looking things up: models, prompts and files; the demo's
+world; the command line.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
