@@ -1058,11 +1058,11 @@ def check_logits(model):
         if getattr(config, name, None) not in (None, 1):
             raise InputError(f"{config.model_type} models change logits by {name}")
 
-    # Twelve tokens from all over the vocabulary, and eight that the model goes on with.
+    # Twelve tokens from all over the vocabulary, and eight that the model goes on with,
+    # under left padding.
     rows = len(model.get_input_embeddings().weight)
     prompt = torch.linspace(0, 0.9 * (rows - 1), 12, device=model.device).long()[None]
     padding = torch.zeros_like(prompt[:, :5])
-    attention = torch.cat([padding, torch.ones_like(prompt)], -1)
     settings = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=8,
@@ -1070,31 +1070,38 @@ def check_logits(model):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    left_padded = torch.cat([padding, prompt], -1)
-    generated = generate_with_only(settings, model, left_padded, attention)
-    drawn = torch.cat(generated.logits).float()  # [R, output rows]
-    ids = generated.sequences[:, padding.shape[1] :]
-    no_padding = torch.ones_like(ids)
-    own = model(ids, attention_mask=no_padding).logits[0, :-1].float()
+    generated = generate_with_only(
+        settings,
+        model,
+        torch.cat([padding, prompt], -1),
+        torch.cat([padding, torch.ones_like(prompt)], -1),
+    )
+    generated_logits = torch.cat(generated.logits).float()  # of the eight
 
-    # The first ones stand next to the padding, where it does most harm.
-    attention = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], -1)
-    mask = torch.ones_like(ids[:, 1:]).bool()
+    # The same text through the whole model, without padding: its own logits.
+    ids = generated.sequences[:, padding.shape[1] :]
+    ones = torch.ones_like(ids)
+    own_logits = model(ids, attention_mask=ones).logits[0, :-1].float()
+
+    # Our way: hidden states under left padding, next to which it does most harm.
     batch = Rollout(
         ids=generated.sequences,
-        attention=attention,
+        attention=torch.cat([torch.zeros_like(padding), ones], -1),
         responses=ids[:, 1:],
-        mask=mask,
+        mask=ones[:, 1:].bool(),
         truncated=torch.tensor([True]),
     )
     hidden = hidden_states(model, batch)[0]
-    ours = model.get_output_embeddings()(hidden.to(model.dtype)).float()
+    our_logits = model.get_output_embeddings()(hidden.to(model.dtype)).float()
 
     # In float32, sound families agree to 1e-5, others differ by a hundredth and more.
     tolerance = 1e-4 if model.dtype == torch.float32 and not BF16 else 3e-2
-    for logits, what in ((ours, "recomputed from hidden states"), (drawn, "generated")):
-        difference = (logits - own[-len(logits) :]).abs().max()
-        if not difference <= tolerance * own.abs().max():  # true for nan, too
+    for logits, what in (
+        (our_logits, "recomputed from hidden states"),
+        (generated_logits, "generated"),
+    ):
+        difference = (logits - own_logits[-len(logits) :]).abs().max()
+        if not difference <= tolerance * own_logits.abs().max():  # true for nan, too
             raise InputError(
                 f"the logits of this {config.model_type} model, {what} under left "
                 "padding, are not its own; choose another family"
