@@ -16,7 +16,7 @@ ways:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
-  overlap     the rise of sum_v min(p(v), q(v)), the probability that both agree on
+  overlap     the rise of sum_v min(p(v), q(v)), the probability that both share
 
 The report asks what predicts the gain: which of the quantities that are known before
 training. These are the entropy, D and C of opd.py, rescaled to [0, 1] over all
@@ -38,7 +38,7 @@ is not. The two tables to look at first:
                 equal? And with more of the incompatible part? A row of the demo:
 
                                           learnable             incompatible
-                forward_kl  -0.053 [-0.098, +0.000]  +1.014 [+0.961, +1.068]
+                forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
 
                 One standard deviation more of the incompatible part goes with a gain in
                 forward KL that is 1.014 standard deviations larger. So in forward KL
@@ -114,7 +114,7 @@ def sample_contexts(pair, prompts, args):  # -> [opd.Rollout]
 
 
 def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
-    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models agree on."""
+    """sum_v min(p(v), q(v)), in [0, 1]: the probability that both models share."""
     p = student_logits.float().softmax(-1)
     q = teacher_logits.float().softmax(-1)
     return torch.minimum(p, q).sum(-1)
@@ -164,7 +164,7 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
     The N positions come context by context, left to right.
     """
 
-    def measure_fn(student_logits, teacher_logits, tokens, k):
+    def measure_fn(student_logits, teacher_logits, k, tokens):
         # In place of one k all of them, so that the models read the text only once.
         return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
 
@@ -231,32 +231,32 @@ def at_k(measured, k):  # {name: [N]} -> {name: [N]}
 #    made by one function, from what was measured `before` training (and `after` it),
 #    with D and C of one K (`at_k`), and from the `gains`: all {name: [N]}. In this
 #    function stands another, table_of(positions): the table of the positions that it is
-#    given. `bootstrap` calls it with all positions, for the numbers, and many times with
-#    others, for their intervals.
+#    given. `bootstrap` calls it with all positions, for the numbers, and many times
+#    with others, for their intervals.
 # ======================================================================================
 
 
-def draws(context, number, seed):  # [N] -> positions [n], `number` times
+def draws(context, count, seed):  # [N] -> positions [n], `count` times
     """The positions of contexts that are drawn by chance.
 
     context [N] says to which context each position belongs. As many are drawn as there
     are, with replacement: one may come twice, another not at all.
     """
     positions_of = []  # of each context
-    for number_of_context in np.unique(context):
-        positions_of.append(np.flatnonzero(context == number_of_context))
+    for i in np.unique(context):
+        positions_of.append(np.flatnonzero(context == i))
 
     generator = np.random.default_rng(seed)
-    for _ in range(number):
+    for _ in range(count):
         contexts = generator.integers(len(positions_of), size=len(positions_of))
         yield np.concatenate([positions_of[i] for i in contexts])
 
 
-def bootstrap(table_of, context, number, seed):
+def bootstrap(table_of, context, count, seed):
     """The table of all positions, each of its numbers with a 95 % interval.
 
     How much may a number owe to chance? Had the student written other responses, it
-    would have come out a little differently. So it is computed again, `number` times,
+    would have come out a little differently. So it is computed again, `count` times,
     each time from contexts that are drawn from those at hand:
 
       three contexts with the mean gains        .1  .2  .6    mean .30
@@ -272,7 +272,7 @@ def bootstrap(table_of, context, number, seed):
     """
     everywhere = np.arange(len(context))
     whole = table_of(everywhere)
-    others = [table_of(positions) for positions in draws(context, number, seed)]
+    others = [table_of(positions) for positions in draws(context, count, seed)]
 
     rows = {}
     for row, columns in whole.items():
@@ -440,9 +440,7 @@ that is gone.
 def explain(before, gains, args):  # -> rows
     """Which part of the disagreement goes with the gain, learnable or incompatible?
 
-    Each gain, z-scored, is predicted by a weighted sum of the regressors. A slope of .3
-    says: with one standard deviation more of this regressor, and the others unchanged,
-    the gain is .3 standard deviations higher.
+    Each gain, z-scored, is predicted by a weighted sum of the regressors.
     """
     outcomes = {}
     for name, gain in with_relative(gains, before).items():
@@ -498,8 +496,8 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
 THIRDS_READING = """
 Of the positions where the student is sure (its entropy is at most the median) and yet
 disagrees (D is at least the median): their mean gain in three equal groups, from the
-lowest C to the highest. If the last row is above 0, more is gained where the teacher's
-advice is more compatible.
+lowest C to the highest. In the last row, above 0 says that more is gained where the
+teacher's advice is more compatible, as the paper has it; below 0, less.
 """
 
 
@@ -753,10 +751,16 @@ def what_was_measured(held_out_count, before, after, args):  # -> text
     return text + "."
 
 
+def number_text(x):  # +0.123, or +1e-04 for what would be +0.000
+    return f"{x:+.0e}" if 0 < abs(x) < 0.0005 else f"{x:+.3f}"
+
+
 def cell_text(cell):
     if isinstance(cell, str):  # a text, as in `kept_tokens`
         return cell
-    return f"{cell['value']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
+    low = number_text(cell["low"])
+    high = number_text(cell["high"])
+    return f"{number_text(cell['value'])} [{low}, {high}]"
 
 
 def as_quote(text):  # -> its lines, for a terminal of 110 columns
@@ -892,11 +896,11 @@ def visible(text):
     return html.escape(text).replace(" ", "\u00b7").replace("\n", "\u21b5\n")
 
 
-def token_span(text, learnable, incompatible, tip):  # text, [0, 1] twice, text -> HTML
+def token_span(text, learnable, incompatible, note):  # text, [0, 1] twice, text -> HTML
     style = f"--learnable:{learnable:.2f};--incompatible:{incompatible:.2f}"
     return (
         f'<span class="token" tabindex="0" style="{style}" '
-        f'data-tip="{html.escape(tip)}">{visible(text)}</span>'
+        f'data-tip="{html.escape(note)}">{visible(text)}</span>'
     )
 
 

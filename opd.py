@@ -97,7 +97,7 @@ def simple_step(
     with torch.no_grad():
         teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
         # H, D and C at each position, {name: [1, R]}
-        scores = measure(student_logits, teacher_logits, tokens, k)
+        scores = measure(student_logits, teacher_logits, k)
 
     # 3. Rank: D * C, after both are rescaled.
     ranks = rank("teachability", scores, mask)  # [1, R]
@@ -105,7 +105,8 @@ def simple_step(
     # 4. Select: the best tenth.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update: lower KL(student || teacher) there. (Outside of no_grad, this time.)
+    # 5. Update: lower KL(student || teacher) there. `scores` has it, but without a
+    #    gradient; so once more, from the same logits.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     optimizer.zero_grad()
     loss.backward()
@@ -190,7 +191,7 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
     return logq.gather(-1, candidates).exp().sum(-1)
 
 
-def measure(student_logits, teacher_logits, tokens=None, k=16):  # -> {name: [...]}
+def measure(student_logits, teacher_logits, k=16, tokens=None):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V].
 
     `tokens` [...] are those that the student wrote. They are not used here; a function
@@ -363,8 +364,9 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #      teacher reads    no         micro-batches    of all positions, in chunks
 #      student learns   yes        micro-batches    of the kept positions, in chunks
 #
-#    In the last one, the teacher's layers do not run again: from the hidden states that
-#    they gave in the third, its head makes the logits of the kept positions anew.
+#    (In `simple_step`, the second and the last are one.) In the last one, the teacher's
+#    layers do not run again: from the hidden states that they gave in the third, its
+#    head makes the logits of the kept positions anew.
 # ======================================================================================
 
 
@@ -451,7 +453,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
 
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
     is_end = torch.isin(responses, end_ids)  # [B, R]
-    if pair.end_ids:  # whichever end was drawn, it is replaced by end_ids[0]
+    if pair.end_ids:  # whichever end was drawn: end_ids[0] is the event, an end
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids, responses], -1),
@@ -556,7 +558,7 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     for chunk in chunks(pair, len(tokens)):
         student_logits = next_token_logits(pair, pair.student, student_flat[chunk])
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_flat[chunk])
-        measured = measure_fn(student_logits, teacher_logits, tokens[chunk], k)
+        measured = measure_fn(student_logits, teacher_logits, k, tokens[chunk])
         for name, values in measured.items():
             found[name].append(values)
 
@@ -885,7 +887,7 @@ def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token i
     return prompts
 
 
-def measure_held_out(student_logits, teacher_logits, tokens, k):  # -> {name: [n]}
+def measure_held_out(student_logits, teacher_logits, k, tokens):  # -> {name: [n]}
     """As `measure`, for `evaluate`. It has no use for k."""
     same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
     return {

@@ -1039,7 +1039,7 @@ def test_parts_1_and_2_as_a_whole_run_when_pasted_into_a_notebook(long_pair):
     exec(parts, pasted)
     s, t = logits(4, 9, 30), logits(4, 9, 30, seed=1)
     mask = torch.ones(4, 9) > 0
-    scores = pasted["measure"](s, t, None, 5)
+    scores = pasted["measure"](s, t, 5)
     ranks = pasted["rank"]("teachability", scores, mask)
     keep = pasted["select"](ranks, mask, 0.25)
     assert keep.sum() >= 9
@@ -1263,7 +1263,7 @@ def recorded_rollouts(monkeypatch):
 def logits_of(pair, batch):  # -> student's, teacher's at all valid positions: [N, V]
     chunks = []
 
-    def measure(student_logits, teacher_logits, tokens, k):
+    def measure(student_logits, teacher_logits, k, tokens):
         chunks.append((student_logits, teacher_logits))
         return {}
 
@@ -1759,7 +1759,7 @@ def test_all_scores_and_losses_are_those_of_the_merged_distribution(tmp_path):
     found_p = opd.next_token_logits(pair, identity, student)
     found_q = opd.next_token_logits(pair, identity, teacher)
     y = torch.tensor([0, 5, 6, 7, 8, 9])  # the first is the end
-    scores = opd.measure(found_p, found_q, y, 3)
+    scores = opd.measure(found_p, found_q, 3, y)
     forward = opd.token_loss("forward_kl", found_p, found_q, None)
     sampled = opd.token_loss("sampled", found_p, found_q, y)
     for i in range(6):
@@ -1918,8 +1918,8 @@ def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch
         updates.append((batch, keep))
         return real(pair, optimizer, batch, teacher_hidden, keep, *more)
 
-    def measure_more(student_logits, teacher_logits, tokens, k):
-        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+    def measure_more(student_logits, teacher_logits, k, tokens):
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
         scores["teacher_entropy"] = opd.entropy(teacher_logits)
         scores["student_entropy"] = opd.entropy(student_logits)
         scores["id"] = tokens.float()
@@ -1947,8 +1947,8 @@ def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch
 def test_measuring_less_than_measure_is_refused_before_the_first_update(
     run, tmp_path, name, own_rule
 ):
-    def measure_too_little(student_logits, teacher_logits, tokens, k):
-        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+    def measure_too_little(student_logits, teacher_logits, k, tokens):
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
         del scores[name]
         return scores
 
@@ -1961,8 +1961,8 @@ def test_measuring_less_than_measure_is_refused_before_the_first_update(
 
 
 def test_a_measure_of_several_numbers_is_refused(run):
-    def measure_too_much(student_logits, teacher_logits, tokens, k):
-        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+    def measure_too_much(student_logits, teacher_logits, k, tokens):
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
         return {**scores, "probabilities": student_logits.softmax(-1)}
 
     with pytest.raises(ValueError, match="one number.*probabilities has the shape"):
@@ -2226,8 +2226,8 @@ def test_the_terminal_shows_each_tenth_of_the_run_and_the_log_every_step(
 
 
 def test_the_terminal_shows_what_you_measure_in_columns_of_their_own(run, capsys):
-    def measure_more(student_logits, teacher_logits, tokens, k):
-        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+    def measure_more(student_logits, teacher_logits, k, tokens):
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
         return {**scores, "teacher_entropy": opd.entropy(teacher_logits)}
 
     log = run("out", "--steps", 2, measure_fn=measure_more)

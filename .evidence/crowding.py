@@ -46,8 +46,8 @@ def train(variant, seed):
     tokenizer = opd.transformers.AutoTokenizer.from_pretrained(opd.DEMO["student"])
     gets = tokenizer.convert_tokens_to_ids("Ġgets")
 
-    def measure_more(student_logits, teacher_logits, tokens, k):
-        scores = opd.measure(student_logits, teacher_logits, tokens, k)
+    def measure_more(student_logits, teacher_logits, k, tokens):
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
         scores["is_gets"] = (tokens == gets).float()
         return scores
 

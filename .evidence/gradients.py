@@ -57,7 +57,8 @@ def main():
         print(
             f"   p(gets) {p[is_gets].softmax(-1)[:, gets].mean():.4f}, "
             f"p(obtains) {p[is_gets].softmax(-1)[:, obtains].mean():.1e}, "
-            f"q(obtains) {q[is_gets].softmax(-1)[:, obtains].mean():.2f}"
+            f"q(obtains) {q[is_gets].softmax(-1)[:, obtains].mean():.2f}, "
+            f"highest rank {ranks[keep][is_gets].max():.4f}"
         )
 
 

@@ -83,7 +83,7 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
         table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
         return table
 
-    rows = diagnose.bootstrap(table_of, before["context"], number=1000, seed=0)
+    rows = diagnose.bootstrap(table_of, before["context"], count=1000, seed=0)
     return {name: cells["slope"] for name, cells in rows.items()}
 
 

@@ -111,8 +111,8 @@ class SelectiveDistillationTrainer(DistillationTrainer):
             part = opd.measure(
                 opd.next_token_logits(pair, pair.student, student_hidden[chunk]),
                 opd.next_token_logits(pair, pair.teacher, teacher_hidden[chunk]),
-                all_tokens[chunk],
                 self.support,
+                all_tokens[chunk],
             )
             parts.append(part)
 
