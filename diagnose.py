@@ -232,9 +232,9 @@ def at_k(measured, k):  # {name: [N]} -> {name: [N]}
 #
 #      {"teachability": {"reverse_kl": {"value": 1.93, "low": 1.79, "high": 2.07}, ...
 #
-#    The function gets what was measured `before` training (and `after` it), with D and C
-#    of one K (`at_k`), and the `gains`: all {name: [N]}. Inside it stands another,
-#    table_of(positions), which makes the table of some positions, without intervals. And
+#    The function gets what was measured `before` training (and `after` it), with D and
+#    C of one K (`at_k`), and the `gains`: all {name: [N]}. Inside it stands another,
+#    table_of(positions), which makes the table of some positions, without intervals.
 #    `bootstrap` calls table_of with all positions, for the values, and then many times
 #    with others, for the intervals.
 # ======================================================================================
