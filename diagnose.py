@@ -268,8 +268,8 @@ def bootstrap(table_of, context, count, seed):
       once more                                 .2  .2  .1    mean .17
       ...
 
-    The middle 95 % of the means are the interval. Contexts are drawn, not positions, as
-    those of one response resemble each other: the interval would come out too narrow.
+    The middle 95 % of the means are the interval. Contexts are drawn, and not positions:
+    those of one response resemble each other, so that would be too narrow.
 
     table_of(positions [n]) -> {row: {column: number}}. In what is returned, a cell is
     {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
