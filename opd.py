@@ -106,7 +106,7 @@ def simple_step(
     keep = select(ranks, mask, budget)  # [1, R] bool
 
     # 5. Update: lower KL(student || teacher) there. `scores` has it, but without a
-    #    gradient; so once more, from the same logits.
+    #    gradient; so once more. (`train_step` has the student read once more, too.)
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     optimizer.zero_grad()
     loss.backward()
@@ -735,7 +735,7 @@ def check_prompts(pair, prompts, max_new_tokens):
         if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
             raise ValueError(
                 "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r}"
+                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
             )
         limit = length_limit(pair)
         if len(prompt) + max_new_tokens > limit:

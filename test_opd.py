@@ -3745,7 +3745,9 @@ def test_least_squares_agrees_with_lstsq():
     outcome = np.random.default_rng(1).normal(2, 3, size=60) + given["b"]
     X = np.column_stack([np.ones(60), given["a"], given["b"]])
     expected = np.linalg.lstsq(X, outcome, rcond=None)[0]
-    found = diagnose.least_squares(given, outcome)
+    both = diagnose.least_squares(given, {"outcome": outcome, "a": given["a"]})
+    assert both["a"] == pytest.approx({"a": 1, "b": 0})
+    found = both["outcome"]
     assert list(found) == ["a", "b"]
     assert list(found.values()) == pytest.approx(expected[1:].tolist())
 
@@ -3753,18 +3755,21 @@ def test_least_squares_agrees_with_lstsq():
     residuals = outcome - X @ expected
     share = 1 - residuals.var() / outcome.var()
     assert 0.1 < share < 0.9
-    assert diagnose.r_squared(given, outcome) == pytest.approx(share)
+    shares = diagnose.r_squared(given, {"outcome": outcome, "a": given["a"]})
+    assert shares == pytest.approx({"outcome": share, "a": 1})
 
 
 def test_least_squares_bears_a_regressor_that_is_constant_in_a_draw():
     x = np.random.default_rng(0).normal(size=48)
-    found = diagnose.least_squares({"x": x, "constant": np.full(48, -0.4)}, 5 * x)
+    given = {"x": x, "constant": np.full(48, -0.4)}
+    found = diagnose.least_squares(given, {"outcome": 5 * x})["outcome"]
     assert found["x"] == pytest.approx(5)
     assert abs(found["constant"]) < 1e-6
 
 
 def test_an_outcome_without_variance_is_not_explained_at_all():
-    assert diagnose.r_squared(two_regressors(), np.ones(60)) == pytest.approx(0)
+    shares = diagnose.r_squared(two_regressors(), {"constant": np.ones(60)})
+    assert shares["constant"] == pytest.approx(0)
 
 
 def mean_ranks_by_loops(values):

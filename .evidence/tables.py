@@ -78,7 +78,7 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
 
     def table_of(positions):
         drawn = diagnose.at_positions(regressors, positions)
-        slopes = diagnose.least_squares(drawn, outcome[positions])
+        slopes = diagnose.least_squares(drawn, {"gain": outcome[positions]})["gain"]
         table = {name: {"slope": slope} for name, slope in slopes.items()}
         table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
         return table
