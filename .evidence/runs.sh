@@ -48,6 +48,14 @@ embedded_runs() {
     done
   done
 
+  # Other learning rates than the demo's 3e-4.
+  for rate in 1.5e-4 6e-4 1e-3; do
+    for seed in 0 1 2; do
+      train rate-$rate full 1 $seed "--lr $rate"
+      train rate-$rate teachability 0.1 $seed "--lr $rate"
+    done
+  done
+
   train late full 1 0 "--steps 400"
   train late teachability 0.1 0 "--steps 400"
 }
@@ -147,8 +155,9 @@ done
 case $1 in
   embedded)
     python .evidence/compare.py runs/evidence/*
+    python .evidence/compare.py runs/rate-*/*
     python .evidence/compare.py runs/late/*
-    python .evidence/house_word.py runs/late/*/student \
+    python .evidence/house_word.py runs/rate-1e-3/*/student runs/late/*/student \
       runs/evidence/full-1-0/student runs/evidence/teachability-0.1-0/student
     python .evidence/tables.py runs/diagnoses/*
     ;;
