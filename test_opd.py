@@ -5160,7 +5160,7 @@ def test_the_three_tokens_of_the_readme_are_right(capsys):
     assert last == "[0.0, 0.116, 0.0] [False, True, False]"
     assert f"\n    {last}\n" in README
     assert [f"{D[i] * C[i]:.2f}" for i in (1, 2)] == ["0.67", "1.74"]
-    assert "$D\\,C$ is .67 and 1.74" in prose
+    assert "$D C$ is .67 and 1.74" in prose
 
 
 @pytest.mark.parametrize("how", ["flag", "attribute"])
