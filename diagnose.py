@@ -6,8 +6,8 @@ the same tokens twice, before training and after it:
   1. sample_contexts   the student, before training, writes responses; a prompt with its
                        response is called a context
   2. measure_contexts  both models read them, and are compared at every position
-  3. opd.train         on all positions (--after: take a student that was trained
-                       earlier, a run of `opd.py --select full`)
+  3. opd.train         on all positions, unless --select says otherwise (--after: take
+                       a student that was trained earlier, a run of `opd.py`)
   4. measure_contexts  the same positions once more, now with the trained student
   5. report            how much nearer to the teacher did the student come, and where?
 
@@ -121,7 +121,7 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
     return torch.minimum(p, q).sum(-1)
 
 
-def measure_chunk(student_logits, teacher_logits, tokens, ks):  # -> {name: [n]}
+def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     """All that is measured at n positions, in nats except for overlap and C.
 
     D and C for each K of `ks`. The five likeliest tokens of either model are for the
@@ -167,7 +167,7 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 
     def measure_fn(student_logits, teacher_logits, k, tokens):
         # In place of one k all of them, so that the models read the text only once.
-        return measure_chunk(student_logits, teacher_logits, tokens, args.ks)
+        return measure_chunk(student_logits, teacher_logits, args.ks, tokens)
 
     parts = defaultdict(list)
     first_context = 0  # of the batch

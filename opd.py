@@ -9,7 +9,7 @@ One training step:
 
   1. rollout  the student samples a response to each prompt
   2. score    at every position of the responses, compare both models' predictions:
-              entropy H: how unsure the student is (only some other methods use it)
+              entropy H: how unsure the student is (used by some other methods)
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
@@ -358,11 +358,11 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #    the head for a chunk of positions at a time, whose logits are used and forgotten.
 #    Four passes make a step:
 #
-#      pass             gradient   layers           logits
-#      student writes   no         whole batch      of the newest token
-#      student reads    no         micro-batches    of all positions, in chunks
-#      teacher reads    no         micro-batches    of all positions, in chunks
-#      student learns   yes        micro-batches    of the kept positions, in chunks
+#      pass             gradient   layers, on whole responses   logits
+#      student writes   no         all at once                  of the newest token
+#      student reads    no         in micro-batches             of all positions
+#      teacher reads    no         in micro-batches             of all positions
+#      student learns   yes        in micro-batches             of the kept positions
 #
 #    (In `simple_step`, the second and the last are one.) In the last one, the teacher's
 #    layers do not run again: from the hidden states that they gave in the third, its
@@ -415,7 +415,7 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
 
 @torch.no_grad()
 def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
-    """The student's responses to these prompts, from p itself: nothing is filtered."""
+    """The student's responses to these prompts, from p itself: no top-k, no top-p."""
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=pair.temperature,
