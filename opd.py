@@ -186,6 +186,9 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
 
+    if k == student_logits.shape[-1]:  # all are candidates: 1, without rounding errors
+        return torch.ones_like(student_logits[..., 0], dtype=torch.float)
+
     candidates = student_logits.topk(k).indices  # [..., K]
     logq = teacher_logits.float().log_softmax(-1)  # over the full vocabulary
     return logq.gather(-1, candidates).exp().sum(-1)

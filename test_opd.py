@@ -974,6 +974,16 @@ def test_a_top_k_of_more_than_all_tokens_is_one_of_all():
     check("compatibility", opd.compatibility(s, t, 99), torch.ones(4, 5))
 
 
+def test_where_all_tokens_are_candidates_no_rounding_error_decides():
+    # Rescaled, the little by which a sum of probabilities misses 1 would fill [0, 1].
+    s = logits(4, 50, 9)
+    t = logits(4, 50, 9, seed=1)
+    scores = opd.measure(s, t, 16)
+    assert torch.equal(scores["compatibility"], torch.ones(4, 50))
+    ranks = opd.rank("teachability", scores, torch.ones(4, 50))
+    assert torch.equal(ranks, torch.zeros(4, 50))
+
+
 def test_whatever_the_type_of_the_logits_float32_comes_back():
     s = logits(50, 200).bfloat16()
     t = (s.float() + 0.05 * logits(50, 200, seed=1)).bfloat16()
