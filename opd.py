@@ -14,8 +14,8 @@ One training step:
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
   3. rank     by teachability, D * C. Both are rescaled first, to [0, 1] over the batch
-  4. select   keep the best tenth of the batch's positions (the `budget`), and at least
-              one of each response
+  4. select   keep the best tenth of the batch's positions (the `budget`). A response
+              of which nothing is kept gets its best position besides
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3 and 4

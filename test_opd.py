@@ -4385,6 +4385,17 @@ def test_a_table_in_text_is_aligned():
     ]
 
 
+def test_a_number_too_small_for_three_decimals_is_not_printed_as_zero():
+    for number, text in (
+        (0, "+0.000"),
+        (0.00004, "+4e-05"),
+        (-0.0004, "-4e-04"),
+        (0.0006, "+0.001"),
+        (-1.2345, "-1.234"),
+    ):
+        assert diagnose.number_text(number) == text
+
+
 def after_merging(probabilities, ends):
     """The ends' probabilities as one number, in the place of the first."""
     first, *others = ends
