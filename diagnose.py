@@ -6,8 +6,8 @@ the same tokens twice, before training and after it:
   1. sample_contexts   the student, before training, writes responses; a prompt with its
                        response is called a context
   2. measure_contexts  both models read them, and are compared at every position
-  3. opd.train         on all positions, unless --select says otherwise (--after: take
-                       a student that was trained earlier, a run of `opd.py`)
+  3. opd.train         on all positions, unless --select says otherwise. (With --after,
+                       nothing is trained: take a student from an earlier run)
   4. measure_contexts  the same positions once more, now with the trained student
   5. report            how much nearer to the teacher did the student come, and where?
 
@@ -18,36 +18,28 @@ ways:
   reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both share
 
-The report asks what predicts the gain: which of the quantities that are known before
-training. These are the entropy, D and C of opd.py, rescaled to [0, 1] over all
-positions, and the two parts of the disagreement, D * C (learnable) and D * (1 - C)
-(incompatible). The paper's hypothesis is that the first part is learned, and the second
-is not. The two tables to look at first:
+Two tables are printed; the page, report.html, has more. The first says how much the
+positions gain that each selection method would keep. A row of the demo:
 
-  gain_of_kept  How much do the positions gain that each selection method would keep? A
-                row of the demo:
+                          forward_kl               reverse_kl
+  teachability  +0.411 [+0.328, +0.488]  +1.930 [+1.789, +2.074]
 
-                                           forward_kl               reverse_kl
-                teachability  +0.411 [+0.328, +0.488]  +1.930 [+1.789, +2.074]
+At the tenth that teachability would keep, KL(teacher || student) fell by .411 nats and
+KL(student || teacher) by 1.930: means, with their 95 % intervals.
 
-                At the tenth that teachability would keep, KL(teacher || student) fell
-                by .411 nats and KL(student || teacher) by 1.930: means with their 95 %
-                intervals. (Over all positions, by .292 and .196.)
+The second is a regression. It says what goes with a larger gain: more of the learnable
+part of the disagreement (D * C, both rescaled to [0, 1]), or more of the incompatible
+one, D * (1 - C)? The paper's hypothesis is that the first part is learned, and the
+second is not. A row of the demo, where it does not come out:
 
-  explain       How much more gain goes with more of the learnable part, if all else is
-                equal? And with more of the incompatible part? A row of the demo:
+                        learnable             incompatible
+  forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
 
-                                          learnable             incompatible
-                forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
-
-                One standard deviation more of the incompatible part goes with a gain in
-                forward KL that is 1.014 standard deviations larger. So in forward KL
-                the demo does not bear the hypothesis out: each "gets" gains three nats,
-                and that is incompatible. (In reverse KL "gets" gains nothing. Yet the
-                incompatible part has a slope of .552 there: finding 5 of the README.)
+One standard deviation more of the incompatible part, all else being equal, goes with a
+gain in forward KL that is 1.014 standard deviations larger.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
-K of D and C is 16; report.html has the main tables with 8 and with 32, too.
+K of D and C is 16; the page has the main tables with 8 and with 32, too.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
 """
@@ -58,6 +50,7 @@ import json
 import sys
 import textwrap
 from collections import Counter, defaultdict
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -213,144 +206,50 @@ def gains_of(before, after):  # -> {measure: [N]}
     }
 
 
-def at_k(measured, k):  # {name: [N]} -> {name: [N]}
-    """With this K's D and C under the names "divergence" and "compatibility".
-
-    So the functions below need not know which K it is.
-    """
-    return {
-        **measured,
-        "divergence": measured[f"divergence_{k}"],
-        "compatibility": measured[f"compatibility_{k}"],
-    }
-
-
 # ======================================================================================
-# 2. The first table: how much do the positions gain that each method would keep?
+# 2. What the tables are made from
 #
-#    A table is made by a function of its own, as this one by `gain_of_kept`: its rows,
-#    with columns, with a cell each, a number and its interval.
-#
-#      {"teachability": {"reverse_kl": {"value": 1.93, "low": 1.79, "high": 2.07}, ...
-#
-#    The function gets what was measured `before` training (and `after` it), with D and
-#    C of one K (`at_k`), and the `gains`: all {name: [N]}. Inside it stands another,
-#    table_of(positions), which makes the table of some positions, without intervals.
-#    `bootstrap` calls table_of with all positions, for the values, and then many times
-#    with others, for the intervals.
+#    The report compares positions: which gain most? For that, all that is known about a
+#    position stands in one row of columns, a `Data`. They are made once, here. The
+#    tables of part 3 are made from its rows; and part 4 draws rows by chance and makes
+#    the tables again, to see how much their numbers change.
 # ======================================================================================
 
 
-def draws(context, count, seed):  # [N] -> positions [n], `count` times
-    """The positions of contexts that are drawn by chance.
+class Data(NamedTuple):
+    """Columns with a row for each position; each field is {name: [N]}."""
 
-    context [N] says to which context each position belongs. As many are drawn as there
-    are, with replacement: one may come twice, another not at all.
+    gains: dict  # the names are those of ALL_GAINS
+    z: dict  # gains, and what may explain them: rescaled to mean 0 and variance 1
+    ranks: dict  # the same, but the rank of each value: 1 for the lowest
+    groups: dict  # bool: does the position belong to this group? For example, to
+    # "teachability 10%", what this method would keep. See `make_groups`
+
+
+MEASURES = ("forward_kl", "reverse_kl", "overlap")
+ALL_GAINS = (*MEASURES, "relative")
+
+# What the gain is predicted from: the two parts of D, which are in question, and three
+# controls, as in the paper. (An unsure student, say, or an early position may gain more
+# whatever the teacher wants, and the two parts must not get the credit for that.)
+REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+
+# The paper's baseline: D as a whole, also in product with the entropy. If that explains
+# as much, the split is worth nothing.
+UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
+
+RANKED = ("D", "learnable", "incompatible", "entropy", "tip")  # in part 3
+
+
+def relative_gain(before, gains):  # -> [N]
+    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
+
+    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
+    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
     """
-    positions_of = []  # of each context
-    for i in np.unique(context):
-        positions_of.append(np.flatnonzero(context == i))
-
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        contexts = generator.integers(len(positions_of), size=len(positions_of))
-        yield np.concatenate([positions_of[i] for i in contexts])
-
-
-def bootstrap(table_of, context, count, seed):
-    """The table of all positions, each of its numbers with a 95 % interval.
-
-    How much may a number owe to chance? Had the student written other responses, it
-    would have come out a little differently. So it is computed again, `count` times,
-    each time from contexts that are drawn from those at hand:
-
-      three contexts with the mean gains        .1  .2  .6    mean .30
-      three of them, drawn with replacement     .6  .1  .6    mean .43
-      once more                                 .2  .2  .1    mean .17
-      ...
-
-    The middle 95 % of the means are the interval. Contexts are drawn, not positions:
-    those of one response resemble each other, so that would be too narrow.
-
-    table_of(positions [n]) -> {row: {column: number}}. In what is returned, a cell is
-    {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
-    """
-    everywhere = np.arange(len(context))
-    whole = table_of(everywhere)
-    others = [table_of(positions) for positions in draws(context, count, seed)]
-
-    rows = {}
-    for row, columns in whole.items():
-        rows[row] = {}
-        for column, value in columns.items():
-            if np.isnan(value):
-                raise opd.InputError(
-                    "there are too few positions for the report's groups; use more "
-                    "--contexts"
-                )
-            results = [table[row][column] for table in others]
-            # A draw may contain no position of a group by chance: its nan is left out.
-            low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
-            rows[row][column] = {"value": float(value), "low": low, "high": high}
-    return rows
-
-
-def group_means(outcomes, groups, positions):  # -> {group: {outcome: mean}}
-    """The mean of each outcome over those of the positions that belong to each group.
-
-    From outcomes {name: [N]} and groups {label: [N] bool}; nan for a group of none.
-    """
-    means = {}
-    for label, member in groups.items():
-        # Of the given positions, those that belong. One that was drawn twice is there
-        # twice: of positions 4 7 4, with only 4 a member, it leaves 4 4.
-        own = positions[member[positions]]
-        means[label] = {}
-        for name, values in outcomes.items():
-            means[label][name] = values[own].mean() if len(own) else np.nan
-    return means
-
-
-def kept_by(method, before, budget, seed):  # -> [N] bool
-    """What `method` would keep of all contexts, as opd.py does it in a batch.
-
-    Here all contexts stand in one row, as if they were one response. So opd.select adds
-    no position for a response that has none, and the count is the same for all methods.
-    """
-    scores = {}
-    for name in ("entropy", "divergence", "compatibility"):
-        scores[name] = torch.tensor(before[name])[None]  # [1, N]
-    mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
-    if method == "full":
-        return mask[0].numpy()
-    generator = torch.Generator().manual_seed(seed)  # for "random"
-    ranks = opd.rank(method, scores, mask, generator)
-    return opd.select(ranks, mask, budget)[0].numpy()
-
-
-KEPT_READING = """
-Mean gain of the positions that each method would keep of all contexts together: equally
-many for each, whatever --budget the training had, but for full, which keeps all. Where
-ranks are equal (the top 5 % of entropy, of D and of C are all 1), the earlier ones are
-kept.
-"""
-
-
-def gain_of_kept(before, gains, budget, args):  # -> rows
-    """Mean gain of what each method would keep, at the same count for all."""
-    kept = {}
-    for method in opd.METHODS:
-        kept[method] = kept_by(method, before, budget, args.seed)
-
-    def table_of(positions):
-        return group_means(gains, kept, positions)
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
-# ======================================================================================
-# 3. The second table: which part of the disagreement explains the gain?
-# ======================================================================================
+    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
+    low, high = np.quantile(share, [0.01, 0.99])
+    return np.clip(share, low, high)
 
 
 def normalize(values):  # [N] -> [N] in [0, 1]
@@ -360,22 +259,22 @@ def normalize(values):  # [N] -> [N] in [0, 1]
     return opd.robust_normalize(row, everywhere)[0].double().numpy()
 
 
-def make_features(before):  # {name: [N]} -> {name: [N]}
-    """What may explain the gain: measured quantities, rescaled to [0, 1], and more.
+def make_features(before, k):  # {name: [N]} -> {name: [N]}
+    """What may explain the gain, all from before training. D and C are those of K = k.
 
-    From here on, D and C are the rescaled ones (with a tilde in the README).
+    In the names, D and C are the rescaled ones (with a tilde in the README).
     """
-    h = normalize(before["entropy"])
-    d = normalize(before["divergence"])
-    c = normalize(before["compatibility"])
+    H = normalize(before["entropy"])
+    D = normalize(before[f"divergence_{k}"])
+    C = normalize(before[f"compatibility_{k}"])
     return {
-        "entropy": h,
-        "D": d,
-        "C": c,
-        "entropy * D": h * d,
-        "learnable": d * c,  # the teacher reweights tokens that the student considers
-        "incompatible": d * (1 - c),  # it wants other tokens; the two add up to D
-        "tip": opd.soft_or(h, d),
+        "entropy": H,
+        "D": D,
+        "C": C,
+        "entropy * D": H * D,
+        "learnable": D * C,  # the teacher reweights tokens that the student considers
+        "incompatible": D * (1 - C),  # it wants other tokens; the two add up to D
+        "tip": opd.soft_or(H, D),
         "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
     }
@@ -386,97 +285,34 @@ def zscore(values):  # [N] -> [N]
     return (values - values.mean()) / max(values.std(), 1e-12)
 
 
-# What the gain is predicted from: the two parts of D, which are in question, and three
-# controls, as in the paper. (An unsure student, say, or an early position may gain more
-# whatever the teacher wants, and the two parts must not get the credit for that.)
-REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+def mean_ranks(values):  # [N] -> [N]
+    """1 for the lowest value; equal values share the mean of their ranks.
 
-
-def make_regressors(features, names):  # {name: [N]} -> {name: [N]}
-    """The named features, z-scored over all positions, so that their slopes compare.
-
-    InputError for a feature that is the same everywhere: it has no slope.
+    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
     """
-    regressors = {}
-    for name in names:
-        if np.ptp(features[name]) < 1e-12:
-            raise opd.InputError(
-                f"{name} is the same at all positions, so its share in the gain cannot "
-                "be found; use more contexts or longer responses"
-            )
-        regressors[name] = zscore(features[name])
-    return regressors
+    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(equals)  # the last rank of each level of values
+    mean = last - (equals - 1) / 2
+    return mean[level]
 
 
-def at_positions(arrays, positions):  # {name: [N]}, [n] -> {name: [n]}
-    return {name: array[positions] for name, array in arrays.items()}
+def kept_by(method, before, k, budget, seed):  # -> [N] bool
+    """What `method` would keep of all contexts, as opd.py does it in a batch.
 
-
-def least_squares(
-    regressors, outcomes
-):  # {name: [n]} twice -> {outcome: {name: slope}}
-    """Each outcome is nearly intercept + the sum of slope * regressor: which slopes?"""
-    ones = np.ones_like(next(iter(outcomes.values())))
-    X = np.column_stack([ones, *regressors.values()])  # [n, 1 + regressors]
-    Y = np.column_stack(list(outcomes.values()))  # [n, outcomes]
-    solution = np.linalg.lstsq(X, Y, rcond=None)[0]  # [1 + regressors, outcomes]
-
-    slopes_of = {}
-    for name, column in zip(outcomes, solution.T):
-        slopes_of[name] = dict(zip(regressors, column[1:]))  # without the intercept
-    return slopes_of
-
-
-def with_relative(gains, before):  # -> {measure: [N]}, with "relative"
-    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
-
-    From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
-    it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
+    Here all contexts stand in one row, as if they were one response. So opd.select adds
+    no position for a response that has none, and the count is the same for all methods.
     """
-    share = gains["forward_kl"] / (before["forward_kl"] + 1e-12)
-    low, high = np.quantile(share, [0.01, 0.99])
-    return {**gains, "relative": np.clip(share, low, high)}
-
-
-EXPLAIN_READING = """
-The slope .3 in the column "learnable" says: where the learnable part of D is one
-standard deviation larger, and the incompatible part and three controls are the same,
-the gain is .3 standard deviations larger. gap = learnable - incompatible. In
-forward_kl, the paper has .086 and .043. The last row is of the share of the forward KL
-that is gone.
-"""
-
-
-def explain(before, gains, args):  # -> rows
-    """Which part of the disagreement goes with the gain, learnable or incompatible?
-
-    Each gain, z-scored, is predicted by a weighted sum of the regressors.
-    """
-    outcomes = {}
-    for name, gain in with_relative(gains, before).items():
-        outcomes[name] = zscore(gain)
-    features = make_features(before)
-    regressors = make_regressors(features, REGRESSORS)
-
-    def table_of(positions):
-        given = at_positions(regressors, positions)
-        table = {}
-        slopes_of = least_squares(given, at_positions(outcomes, positions))
-        for name, slopes in slopes_of.items():
-            table[name] = {
-                "learnable": slopes["learnable"],
-                "incompatible": slopes["incompatible"],
-                "gap": slopes["learnable"] - slopes["incompatible"],
-            }
-        return table
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
-# ======================================================================================
-# 4. Two more tables that are printed: one of positions where the student is sure, and
-#    one of a mistake, C from after training
-# ======================================================================================
+    scores = {
+        "entropy": torch.tensor(before["entropy"])[None],  # [1, N]
+        "divergence": torch.tensor(before[f"divergence_{k}"])[None],
+        "compatibility": torch.tensor(before[f"compatibility_{k}"])[None],
+    }
+    mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
+    if method == "full":
+        return mask[0].numpy()
+    generator = torch.Generator().manual_seed(seed)  # for "random"
+    ranks = opd.rank(method, scores, mask, generator)
+    return opd.select(ranks, mask, budget)[0].numpy()
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
@@ -503,120 +339,140 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
     return groups
 
 
-THIRDS_READING = """
-Of the positions where the student is sure (its entropy is at most the median) and yet
-disagrees (D is at least the median): their mean gain in three equal groups, from the
-lowest C to the highest. In the last row, above 0 says that more is gained where the
-teacher's advice is more compatible, as the paper has it; below 0, less.
-"""
+BUDGETS = (0.03, 0.05, 0.1)
+THIRDS = ("least compatible", "middle", "most compatible")
+QUARTERS = ("lowest quarter", "second", "third", "highest")
 
 
-def compare_thirds(before, gains, args):  # -> rows
-    """Where the student is sure yet disagrees: is more gained where C is larger?"""
-    features = make_features(before)
-    labels = ("least compatible", "middle", "most compatible")
-    thirds = equal_groups(features["C"], sure_yet_in_disagreement(features), labels)
+def make_groups(before, features, k, seed):  # -> {name: [N] bool}
+    """The groups of positions whose mean gains are compared."""
+    groups = {}
+    for budget in BUDGETS:
+        for method in opd.METHODS:
+            kept = kept_by(method, before, k, budget, seed)
+            groups[f"{method} {budget:.0%}"] = kept
 
-    def table_of(positions):
-        table = group_means(gains, thirds, positions)
-        difference = {}
-        for name in gains:
-            most = table["most compatible"][name]
-            difference[name] = most - table["least compatible"][name]
-        table["most - least"] = difference
-        return table
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
+    q3 = sure_yet_in_disagreement(features)
+    groups.update(equal_groups(features["C"], q3, THIRDS))
+    for part in ("learnable", "incompatible"):
+        labels = [f"{part}: {quarter}" for quarter in QUARTERS]
+        groups.update(equal_groups(features[part], q3, labels))
+    return groups
 
 
-LEAK_READING = """
-Two figures from above (gap, most - least), with C from before training and with C from
-after it. The latter is a leak: by then, what was learned stands in the trained
-student's top K, so C knows what it is asked to predict. Only C from before can choose
-positions.
-"""
+def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
+    """InputError for a feature that is the same everywhere: it has no slope."""
+    gains = {**gains, "relative": relative_gain(before, gains)}
+    features = make_features(before, k)
+    for name in REGRESSORS + UNSPLIT:
+        if np.ptp(features[name]) < 1e-12:
+            raise opd.InputError(
+                f"{name} is the same at all positions, so its share in the gain cannot "
+                "be found; use more contexts or longer responses"
+            )
+
+    columns = {**features, **gains}
+    return Data(
+        gains=gains,
+        z={name: zscore(columns[name]) for name in REGRESSORS + UNSPLIT + ALL_GAINS},
+        ranks={name: mean_ranks(columns[name]) for name in RANKED + MEASURES},
+        groups=make_groups(before, features, k, seed),
+    )
 
 
-def leak(before, after, gains, args):  # -> rows
-    """Two of the figures above, with C of before training and, wrongly, of after it.
+# ======================================================================================
+# 3. The tables: plain numbers, {row: {column: number}}, from the data of n positions
+# ======================================================================================
 
-    Why wrongly? Say the teacher wants a token that the student does not consider: C is
-    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
-    the token stands in the trained student's top K. With C from there, 1, the position
-    counts as learnable: what spoke against the hypothesis now speaks for it.
+
+def mean_gains(data, group, names=MEASURES):  # -> {name of the gain: mean}
+    """The mean gains of a group's members; nan if it has none."""
+    member = data.groups[group]  # [n] bool
+    means = {}
+    for name in names:
+        values = data.gains[name][member]
+        means[name] = values.mean() if len(values) else np.nan
+    return means
+
+
+def gain_of_kept(data, budget):
+    """How much do the positions gain that each method would keep?"""
+    table = {}
+    for method in opd.METHODS:
+        table[method] = mean_gains(data, f"{method} {budget:.0%}")
+    return table
+
+
+def least_squares(z, regressors, outcomes):  # {name: [n]}, names, names
+    """Each outcome is nearly intercept + the sum of slope * regressor: which slopes?
+
+    Returns {outcome: {regressor: slope}}.
     """
-    leaky = {**before, "compatibility": after["compatibility"]}
+    ones = np.ones_like(z[outcomes[0]])
+    X = np.column_stack([ones] + [z[name] for name in regressors])  # [n, 1 + ...]
+    Y = np.column_stack([z[name] for name in outcomes])  # [n, outcomes]
+    solution = np.linalg.lstsq(X, Y, rcond=None)[0]  # [1 + regressors, outcomes]
 
-    rows = {}
-    for when, scores in (("before", before), ("after", leaky)):
-        explained = explain(scores, gains, args)
-        thirds = compare_thirds(scores, with_relative(gains, before), args)
-        for name in explained:
-            rows[f"C {when}, {name}"] = {
-                "gap": explained[name]["gap"],
-                "most - least": thirds["most - least"][name],
-            }
-    return rows
+    slopes = {}
+    for i, name in enumerate(outcomes):
+        slopes[name] = dict(zip(regressors, solution[1:, i]))  # without the intercept
+    return slopes
 
 
-# ======================================================================================
-# 5. Tables for the page alone
-# ======================================================================================
+def explain(data):
+    """Which part of the disagreement goes with the gain, learnable or incompatible?"""
+    table = {}
+    for name, slopes in least_squares(data.z, REGRESSORS, ALL_GAINS).items():
+        table[name] = {
+            "learnable": slopes["learnable"],
+            "incompatible": slopes["incompatible"],
+            "gap": slopes["learnable"] - slopes["incompatible"],
+        }
+    return table
 
 
-def r_squared(regressors, outcomes):  # {name: [n]} twice -> {outcome: share}
-    """How much of each outcome's variance do the regressors explain?"""
+def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
+    """How much of each outcome do the regressors explain?"""
     shares = {}
-    for name, slopes in least_squares(regressors, outcomes).items():
-        fitted = np.zeros_like(outcomes[name])  # without the intercept: no variance
+    for name, slopes in least_squares(z, regressors, outcomes).items():
+        fitted = np.zeros_like(z[name])  # without the intercept: it has no variance
         for regressor, slope in slopes.items():
-            fitted += slope * regressors[regressor]
-        shares[name] = fitted.var() / max(outcomes[name].var(), 1e-12)
+            fitted += slope * z[regressor]
+        shares[name] = fitted.var() / max(z[name].var(), 1e-12)
     return shares
 
 
-# The paper's baseline: D as a whole, also in product with the entropy. If that explains
-# as much, the split is worth nothing.
-UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
-
-
-SHARES_READING = """
-R2, the share of the gain's variance that the regression explains: with D in its two
-parts, and with D and its product with the entropy in their place.
-"""
-
-
-def explained_shares(before, gains, args):  # -> rows
+def explained_shares(data):
     """R2 with D in its two parts, and with D unsplit: does the split explain more?"""
-    outcomes = with_relative(gains, before)
-    features = make_features(before)
-    split = make_regressors(features, REGRESSORS)
-    unsplit = make_regressors(features, UNSPLIT)
-
-    def table_of(positions):
-        drawn = at_positions(outcomes, positions)
-        with_split = r_squared(at_positions(split, positions), drawn)
-        without = r_squared(at_positions(unsplit, positions), drawn)
-        table = {}
-        for name in outcomes:
-            table[name] = {
-                "learnable, incompatible": with_split[name],
-                "D, entropy * D": without[name],
-            }
-        return table
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
+    split = r_squared(data.z, REGRESSORS, ALL_GAINS)
+    unsplit = r_squared(data.z, UNSPLIT, ALL_GAINS)
+    table = {}
+    for name in ALL_GAINS:
+        table[name] = {
+            "learnable, incompatible": split[name],
+            "D, entropy * D": unsplit[name],
+        }
+    return table
 
 
-def mean_ranks(values):  # [N] -> [N]
-    """1 for the lowest value; equal values share the mean of their ranks.
+def compare_thirds(data):
+    """Where the student is sure yet disagrees: is more gained where C is larger?"""
+    table = {}
+    for third in THIRDS:
+        table[third] = mean_gains(data, third, ALL_GAINS)
+    table["most - least"] = {}
+    for name in ALL_GAINS:
+        most = table["most compatible"][name]
+        table["most - least"][name] = most - table["least compatible"][name]
+    return table
 
-    10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
-    """
-    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(equals)  # the last rank of each level of values
-    mean = last - (equals - 1) / 2
-    return mean[level]
+
+def compare_quarters(data, part):
+    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
+    table = {}
+    for quarter in QUARTERS:
+        table[quarter] = mean_gains(data, f"{part}: {quarter}")
+    return table
 
 
 def correlation(x, y):  # [n], [n] -> number
@@ -627,129 +483,244 @@ def correlation(x, y):  # [n], [n] -> number
     return (x * y).sum() / max(scale, 1e-12)
 
 
-CORRELATIONS_READING = """
-Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.
+def rank_correlations(data):
+    """What orders the positions as their gains do? (Spearman's: of the ranks.)"""
+    table = {}
+    for feature in RANKED:
+        table[feature] = {}
+        for name in MEASURES:
+            table[feature][name] = correlation(data.ranks[feature], data.ranks[name])
+    return table
+
+
+# ======================================================================================
+# 4. Intervals: how much may a number owe to chance?
+# ======================================================================================
+
+
+def draws(context, count, seed):  # [N] -> positions [n], `count` times
+    """The positions of contexts that are drawn by chance.
+
+    context [N] says to which context each position belongs. As many are drawn as there
+    are, with replacement: one may come twice, another not at all.
+    """
+    positions_of = []  # of each context
+    for i in np.unique(context):
+        positions_of.append(np.flatnonzero(context == i))
+
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        contexts = generator.integers(len(positions_of), size=len(positions_of))
+        yield np.concatenate([positions_of[i] for i in contexts])
+
+
+def at_positions(data, positions):  # Data of N positions, [n] -> Data of n
+    """The rows of these positions. One that was drawn twice is there twice."""
+    drawn = {}
+    for field, columns in data._asdict().items():
+        drawn[field] = {
+            name: values.take(positions) for name, values in columns.items()
+        }
+    return Data(**drawn)
+
+
+def bootstrap(make_tables, data, context, count, seed):
+    """Tables with a 95 % interval for each number.
+
+    Had the student written other responses, a number would have come out a little
+    differently. So all are computed again, `count` times, each time from contexts that
+    are drawn from those at hand:
+
+      three contexts with the mean gains        .1  .2  .6    mean .30
+      three of them, drawn with replacement     .6  .1  .6    mean .43
+      once more                                 .2  .2  .1    mean .17
+      ...
+
+    The middle 95 % of the means are the interval. Contexts are drawn, not positions:
+    those of one response resemble each other, so that would be too narrow.
+
+    make_tables(data) -> {title: {row: {column: number}}}. In what is returned, a cell
+    is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
+    """
+    whole = make_tables(data)
+    others = []
+    for positions in draws(context, count, seed):
+        others.append(make_tables(at_positions(data, positions)))
+
+    tables = {}
+    for title, rows in whole.items():
+        tables[title] = {}
+        for row, columns in rows.items():
+            tables[title][row] = {}
+            for column, value in columns.items():
+                results = [other[title][row][column] for other in others]
+                tables[title][row][column] = cell_of(value, results)
+    return tables
+
+
+def cell_of(value, results):  # a number, and those of the draws -> {name: number}
+    if np.isnan(value):
+        raise opd.InputError(
+            "there are too few positions for the report's groups; use more --contexts"
+        )
+    # A draw may contain no position of a group by chance: its nan is left out.
+    low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
+    return {"value": float(value), "low": low, "high": high}
+
+
+# ======================================================================================
+# 5. The report
+# ======================================================================================
+
+
+class Table(NamedTuple):
+    title: str
+    reading: str  # how to read it
+    make: Callable  # Data of n positions -> {row: {column: number}}
+
+
+KEPT_TABLE = Table(
+    "Mean gain of the 10% that each method would keep",
+    """Mean gain of the positions that each method would keep of all contexts together:
+    equally many for each, whatever --budget the training had, but for full, which keeps
+    all. Where ranks are equal (the top 5 % of entropy, of D and of C are all 1), the
+    earlier ones are kept.""",
+    lambda data: gain_of_kept(data, 0.1),
+)
+EXPLAIN_TABLE = Table(
+    "What explains the gain",
+    """The slope .3 in the column "learnable" says: where the learnable part of D is one
+    standard deviation larger, and the incompatible part and three controls are the
+    same, the gain is .3 standard deviations larger. gap = learnable - incompatible. In
+    forward_kl, the paper has .086 and .043. The last row is of the share of the forward
+    KL that is gone.""",
+    explain,
+)
+THIRDS_TABLE = Table(
+    "Sure, yet in disagreement (the paper's Q3)",
+    """Of the positions where the student is sure (its entropy is at most the median)
+    and yet disagrees (D is at least the median): their mean gain in three equal groups,
+    from the lowest C to the highest. In the last row, above 0 says that more is gained
+    where the teacher's advice is more compatible, as the paper has it; below 0, less.
+    """,
+    compare_thirds,
+)
+MAIN_TABLES = (KEPT_TABLE, EXPLAIN_TABLE, THIRDS_TABLE)
+MORE_TABLES = (
+    Table(
+        "How much of the gain is explained",
+        """R2, the share of the gain's variance that the regression explains: with D in
+        its two parts, and with D and its product with the entropy in their place.""",
+        explained_shares,
+    ),
+    Table(
+        "Rank correlation with the gain",
+        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
+        rank_correlations,
+    ),
+    Table(
+        "Mean gain of the 3% that each method would keep",
+        "As with 10%.",
+        lambda data: gain_of_kept(data, 0.03),
+    ),
+    Table(
+        "Mean gain of the 5% that each method would keep",
+        "As with 10%.",
+        lambda data: gain_of_kept(data, 0.05),
+    ),
+    Table(
+        "Sure, yet in disagreement, by quarters of its learnable part",
+        "From the quarter with the least of it to that with the most.",
+        lambda data: compare_quarters(data, "learnable"),
+    ),
+    Table(
+        "Sure, yet in disagreement, by quarters of its incompatible part",
+        "From the quarter with the least of it to that with the most.",
+        lambda data: compare_quarters(data, "incompatible"),
+    ),
+)
+
+# Made of the cells of two tables, with C of before training and with C of after it.
+LEAK_OF = (EXPLAIN_TABLE, THIRDS_TABLE)
+LEAK_TITLE = "If C were measured after training"
+LEAK_READING = """
+Two figures from above (gap, most - least), with C from before training and with C from
+after it. The latter is a leak: by then, what was learned stands in the trained
+student's top K, so C knows what it is asked to predict. Only C from before can choose
+positions.
 """
-
-
-def rank_correlations(before, gains, args):  # -> rows
-    """What orders the positions as their gains do? Ranked once, before the draws."""
-    features = make_features(before)
-    feature_ranks = {}
-    for name in ("D", "learnable", "incompatible", "entropy", "tip"):
-        feature_ranks[name] = mean_ranks(features[name])
-    gain_ranks = {}
-    for name, gain in gains.items():
-        gain_ranks[name] = mean_ranks(gain)
-
-    def table_of(positions):
-        table = {}
-        for feature, x in feature_ranks.items():
-            table[feature] = {}
-            for name, y in gain_ranks.items():
-                table[feature][name] = correlation(x[positions], y[positions])
-        return table
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
-QUARTERS_READING = "From the quarter with the least of it to that with the most."
-
-
-def compare_quarters(before, gains, part, args):  # -> rows
-    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
-    features = make_features(before)
-    labels = ("lowest quarter", "second", "third", "highest")
-    quarters = equal_groups(features[part], sure_yet_in_disagreement(features), labels)
-
-    def table_of(positions):
-        return group_means(gains, quarters, positions)
-
-    return bootstrap(table_of, before["context"], args.bootstrap, args.seed)
-
-
+TOKENS_TITLE = "What each method would keep at 10%"
 TOKENS_READING = "Its most frequent tokens, and their share."
 
 
-def kept_tokens(before, budget, seed, decode):  # -> rows
+def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
+    """Everything that the report says in numbers, as it is written to report.json."""
+    gains = gains_of(before, after)
+    tables = []
+    other_ks = [k for k in args.ks if k != args.top_k]
+    for k in (args.top_k, *other_ks):
+        wanted = MAIN_TABLES
+        if k == args.top_k:
+            wanted += MORE_TABLES
+        rows = fill(wanted, before, gains, k, args)
+        for table in wanted:
+            tables.append(as_dict(table.title, k, table.reading, rows[table.title]))
+
+        name = f"compatibility_{k}"
+        leaky = {**before, name: after[name]}
+        leaky_rows = fill(LEAK_OF, leaky, gains, k, args)
+        leak_rows = leak(rows, leaky_rows)
+        tables.append(as_dict(LEAK_TITLE, k, LEAK_READING, leak_rows))
+
+        if k == args.top_k:
+            tokens = kept_tokens(before, k, args.seed, decode)
+            tables.append(as_dict(TOKENS_TITLE, k, TOKENS_READING, tokens))
+    return tables
+
+
+def fill(tables, before, gains, k, args):  # `Table`s -> {title: rows}, with intervals
+    def make_tables(data):
+        return {table.title: table.make(data) for table in tables}
+
+    data = make_data(before, gains, k, args.seed)
+    return bootstrap(make_tables, data, before["context"], args.bootstrap, args.seed)
+
+
+def as_dict(title, k, reading, rows):
+    reading = " ".join(reading.split())  # in one line
+    return {"title": f"{title}, K={k}", "reading": reading, "rows": rows}
+
+
+def leak(rows_of, leaky_rows_of):  # {title: rows} twice -> rows
+    """Two figures with C of before training and, wrongly, of after it.
+
+    Why wrongly? Say the teacher wants a token that the student does not consider: C is
+    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
+    the token stands in the trained student's top K. With C from there, 1, the position
+    counts as learnable: what spoke against the hypothesis now speaks for it.
+    """
+    rows = {}
+    for when, tables in (("before", rows_of), ("after", leaky_rows_of)):
+        explained = tables[EXPLAIN_TABLE.title]
+        thirds = tables[THIRDS_TABLE.title]
+        for name in ALL_GAINS:
+            rows[f"C {when}, {name}"] = {
+                "gap": explained[name]["gap"],
+                "most - least": thirds["most - least"][name],
+            }
+    return rows
+
+
+def kept_tokens(before, k, seed, decode):  # -> rows
     """The five tokens that each method keeps most often, with their share."""
     rows = {}
     for method in opd.METHODS:
-        tokens = before["token"][kept_by(method, before, budget, seed)]
+        tokens = before["token"][kept_by(method, before, k, 0.1, seed)]
         texts = []
         for token, count in Counter(tokens.tolist()).most_common(5):
             texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
         rows[method] = {"tokens": ", ".join(texts)}
     return rows
-
-
-# ======================================================================================
-# 6. The report: the same tables for the terminal, the files and the page
-# ======================================================================================
-
-
-def make_table(title, reading, rows):
-    reading = " ".join(reading.split())  # in one line
-    return {"title": title, "reading": reading, "rows": rows, "printed": False}
-
-
-def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
-    """Everything that the report says in numbers. Some is printed; the page has all."""
-    gains = gains_of(before, after)
-    k = args.top_k
-    tables = main_tables(k, at_k(before, k), at_k(after, k), gains, args)
-    for table in tables:
-        table["printed"] = True
-
-    tables += more_tables(k, at_k(before, k), gains, args, decode)
-    for other in args.ks:
-        if other != k:
-            before_k = at_k(before, other)
-            after_k = at_k(after, other)
-            tables += main_tables(other, before_k, after_k, gains, args)
-    return tables
-
-
-def main_tables(k, before, after, gains, args):  # -> a list of tables
-    kept = gain_of_kept(before, gains, 0.1, args)
-    explained = explain(before, gains, args)
-    thirds = compare_thirds(before, gains, args)
-    leaked = leak(before, after, gains, args)
-
-    title = f"Mean gain of the 10% that each method would keep, K={k}"
-    tables = [make_table(title, KEPT_READING, kept)]
-    title = f"What explains the gain? K={k}"
-    tables.append(make_table(title, EXPLAIN_READING, explained))
-    title = f"Sure, yet in disagreement (the paper's Q3), K={k}"
-    tables.append(make_table(title, THIRDS_READING, thirds))
-    title = f"If C were measured after training, K={k}"
-    tables.append(make_table(title, LEAK_READING, leaked))
-    return tables
-
-
-def more_tables(k, before, gains, args, decode):  # -> a list of tables
-    title = f"How much of the gain is explained? K={k}"
-    rows = explained_shares(before, gains, args)
-    tables = [make_table(title, SHARES_READING, rows)]
-
-    title = f"Rank correlation with the gain, K={k}"
-    rows = rank_correlations(before, gains, args)
-    tables.append(make_table(title, CORRELATIONS_READING, rows))
-
-    for budget in (0.03, 0.05):
-        title = f"Mean gain of the {budget:.0%} that each method would keep, K={k}"
-        rows = gain_of_kept(before, gains, budget, args)
-        tables.append(make_table(title, KEPT_READING, rows))
-
-    title = f"What each method would keep at 10%, K={k}"
-    rows = kept_tokens(before, 0.1, args.seed, decode)
-    tables.append(make_table(title, TOKENS_READING, rows))
-
-    for part in ("learnable", "incompatible"):
-        title = f"Sure, yet in disagreement, by quarters of its {part} part, K={k}"
-        rows = compare_quarters(before, gains, part, args)
-        tables.append(make_table(title, QUARTERS_READING, rows))
-    return tables
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text
@@ -777,27 +748,29 @@ def cell_text(cell):
     return f"{number_text(cell['value'])} [{low}, {high}]"
 
 
-def as_quote(text):  # -> its lines, for a terminal of 110 columns
-    return textwrap.fill(text, 104, initial_indent="> ", subsequent_indent="> ")
-
-
-def as_text(table):  # -> its rows, for a terminal of 110 columns
-    first_row = next(iter(table["rows"].values()))
+def rows_text(rows):  # -> the lines of a table, in columns
+    first_row = next(iter(rows.values()))
     grid = [["", *first_row]]
-    for label, cells in table["rows"].items():
+    for label, cells in rows.items():
         grid.append([label, *map(cell_text, cells.values())])
 
     widths = []
     for column in range(len(grid[0])):
-        widths.append(max(len(row[column]) for row in grid))
+        widths.append(max(len(line[column]) for line in grid))
 
-    lines = [table["title"]]
-    for row in grid:
-        line = row[0].ljust(widths[0])
-        for text, width in zip(row[1:], widths[1:]):
+    lines = []
+    for texts in grid:
+        line = texts[0].ljust(widths[0])
+        for text, width in zip(texts[1:], widths[1:]):
             line += "  " + text.rjust(width)
         lines.append(line)
-    return "\n".join([*lines, as_quote(table["reading"])])
+    return "\n".join(lines)
+
+
+def as_text(table):  # -> for a terminal of 110 columns
+    lines = textwrap.wrap(table["reading"], 102)
+    reading = "\n".join(f"> {line}" for line in lines)
+    return f"{table['title']}\n{rows_text(table['rows'])}\n{reading}"
 
 
 def position_lines(before, after, decode):  # -> the text of positions.jsonl
@@ -844,19 +817,18 @@ def report(pair, prompts, held_out_count, before, after, args, out):
     opd.write_file(out / "report.json", json.dumps(content))
 
     gains = gains_of(before, after)
-    responses = token_map(prompts, at_k(before, args.top_k), gains, decode)
+    responses = token_map(prompts, before, gains, args.top_k, decode)
     opd.write_file(out / "report.html", as_page(tables, summary, responses))
 
     opd.show(summary)
-    for table in tables:
-        if table["printed"]:
-            opd.show("\n" + as_text(table))
+    for table in tables[:2]:  # what is kept, and what explains the gain
+        opd.show("\n" + as_text(table))
     opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
-    opd.show("The page has more: a map of the tokens, rank correlations, other K.")
+    opd.show("The page has more: a map of the tokens, more tables, other K.")
 
 
 # ======================================================================================
-# 7. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 6. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -873,13 +845,7 @@ body {
 p { max-width: 60rem; }
 .faint { color: var(--faint); }
 
-/* A narrow screen scrolls the table, not the page. */
-table { display: block; overflow-x: auto; border-collapse: collapse; }
-th, td {
-  padding: 0.15rem 0.6rem; border-top: 1px solid var(--line);
-  font-weight: normal; text-align: left; white-space: nowrap;
-}
-th { color: var(--faint); }
+pre { overflow-x: auto; }  /* a narrow screen scrolls the table, not the page */
 
 /* The token map. Each token brings how strong its two colours are. */
 .map {
@@ -918,10 +884,10 @@ def token_span(text, learnable, incompatible, note):  # text, [0, 1] twice, text
     )
 
 
-def tooltip(i, before, gains, decode):  # -> text about position i
+def tooltip(i, before, gains, k, decode):  # -> text about position i
     text = decode(before["token"][i].item())
     numbers = []
-    for name in ("entropy", "divergence", "compatibility"):
+    for name in ("entropy", f"divergence_{k}", f"compatibility_{k}"):
         numbers.append(f"{name} {before[name][i]:.2f}")
     for name, gain in gains.items():
         numbers.append(f"gain in {name} {gain[i]:+.3f}")
@@ -935,9 +901,9 @@ def tooltip(i, before, gains, decode):  # -> text about position i
     return "\n".join(lines)
 
 
-def token_map(prompts, before, gains, decode):  # -> HTML
+def token_map(prompts, before, gains, k, decode):  # -> HTML
     """The first contexts, token by token, coloured by both parts of D."""
-    features = make_features(before)
+    features = make_features(before, k)
     paragraphs = []
     for number, prompt in enumerate(prompts[:MAP_CONTEXTS]):
         spans = [f'<span class="faint">{visible(decode(prompt))}</span>']
@@ -947,7 +913,7 @@ def token_map(prompts, before, gains, decode):  # -> HTML
                 decode(before["token"][i].item()),
                 features["learnable"][i] ** 0.5,
                 features["incompatible"][i] ** 0.5,
-                tooltip(i, before, gains, decode),
+                tooltip(i, before, gains, k, decode),
             )
             spans.append(span)
         paragraphs.append('<p class="map">' + "<wbr>".join(spans) + "</p>")
@@ -955,24 +921,11 @@ def token_map(prompts, before, gains, decode):  # -> HTML
 
 
 def table_html(table):  # a table of report.json -> HTML
-    lines = [
-        f"<h2>{html.escape(table['title'])}</h2>",
-        f"<p>{html.escape(table['reading'])}</p>",
-        "<table>",
-    ]
-    first_row = next(iter(table["rows"].values()))
-    head = "<th></th>"
-    for name in first_row:
-        head += f"<th>{html.escape(name)}</th>"
-    lines.append(f"<tr>{head}</tr>")
-
-    for label, cells in table["rows"].items():
-        row = f"<td>{html.escape(label)}</td>"
-        for cell in cells.values():
-            row += f"<td>{html.escape(cell_text(cell))}</td>"
-        lines.append(f"<tr>{row}</tr>")
-    lines.append("</table>\n")
-    return "\n".join(lines)
+    return (
+        f"<h2>{html.escape(table['title'])}</h2>\n"
+        f"<p>{html.escape(table['reading'])}</p>\n"
+        f"<pre>{html.escape(rows_text(table['rows']))}</pre>\n"
+    )
 
 
 def as_page(tables, summary, responses):  # -> HTML; `responses` is the token map's
@@ -1010,7 +963,7 @@ token, or tap it.</p>
 
 
 # ======================================================================================
-# 8. The command line
+# 7. The command line
 # ======================================================================================
 
 

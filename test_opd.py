@@ -3684,6 +3684,17 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
     return found
 
 
+def bootstrapped(table_of, context, count, seed):  # -> the rows of one table
+    """diagnose.bootstrap with a function of positions in place of one of data."""
+    columns = {"position": np.arange(len(context))}
+    data = diagnose.Data(gains=columns, z={}, ranks={}, groups={})
+
+    def make_tables(data):
+        return {"title": table_of(data.gains["position"])}
+
+    return diagnose.bootstrap(make_tables, data, context, count, seed)["title"]
+
+
 def z(values):
     return (values - values.mean()) / values.std()
 
@@ -3698,7 +3709,7 @@ def test_a_draw_has_as_many_contexts_as_the_sample_and_all_their_positions():
         received.append(Counter(positions.tolist()))
         return {"row": {"column": len(positions)}}
 
-    found = diagnose.bootstrap(count, context, 300, seed=1)["row"]["column"]
+    found = bootstrapped(count, context, 300, seed=1)["row"]["column"]
     assert found["value"] == 15
     assert received.pop(0) == Counter(range(15))
     assert len(received) == 300
@@ -3730,9 +3741,9 @@ def test_the_bootstrap_resamples_contexts_not_positions():
     def mean(positions):
         return {"row": {"mean": values[positions].mean()}}
 
-    table = diagnose.bootstrap(mean, context, 2000, seed=1)
-    assert diagnose.bootstrap(mean, context, 2000, seed=1) == table
-    assert diagnose.bootstrap(mean, context, 2000, seed=2) != table
+    table = bootstrapped(mean, context, 2000, seed=1)
+    assert bootstrapped(mean, context, 2000, seed=1) == table
+    assert bootstrapped(mean, context, 2000, seed=2) != table
     found = table["row"]["mean"]
     assert found["value"] == values.mean()
 
@@ -3755,7 +3766,8 @@ def test_least_squares_agrees_with_lstsq():
     outcome = np.random.default_rng(1).normal(2, 3, size=60) + given["b"]
     X = np.column_stack([np.ones(60), given["a"], given["b"]])
     expected = np.linalg.lstsq(X, outcome, rcond=None)[0]
-    both = diagnose.least_squares(given, {"outcome": outcome, "a": given["a"]})
+    columns = {**given, "outcome": outcome}
+    both = diagnose.least_squares(columns, ["a", "b"], ["outcome", "a"])
     assert both["a"] == pytest.approx({"a": 1, "b": 0})
     found = both["outcome"]
     assert list(found) == ["a", "b"]
@@ -3765,20 +3777,21 @@ def test_least_squares_agrees_with_lstsq():
     residuals = outcome - X @ expected
     share = 1 - residuals.var() / outcome.var()
     assert 0.1 < share < 0.9
-    shares = diagnose.r_squared(given, {"outcome": outcome, "a": given["a"]})
+    shares = diagnose.r_squared(columns, ["a", "b"], ["outcome", "a"])
     assert shares == pytest.approx({"outcome": share, "a": 1})
 
 
 def test_least_squares_bears_a_regressor_that_is_constant_in_a_draw():
     x = np.random.default_rng(0).normal(size=48)
-    given = {"x": x, "constant": np.full(48, -0.4)}
-    found = diagnose.least_squares(given, {"outcome": 5 * x})["outcome"]
+    columns = {"x": x, "constant": np.full(48, -0.4), "outcome": 5 * x}
+    found = diagnose.least_squares(columns, ["x", "constant"], ["outcome"])["outcome"]
     assert found["x"] == pytest.approx(5)
     assert abs(found["constant"]) < 1e-6
 
 
 def test_an_outcome_without_variance_is_not_explained_at_all():
-    shares = diagnose.r_squared(two_regressors(), {"constant": np.ones(60)})
+    columns = {**two_regressors(), "constant": np.ones(60)}
+    shares = diagnose.r_squared(columns, ["a", "b"], ["constant"])
     assert shares["constant"] == pytest.approx(0)
 
 
@@ -3812,36 +3825,43 @@ def test_the_correlation_with_a_constant_is_zero():
     assert diagnose.correlation(np.ones(5), np.arange(5)) == 0
 
 
-def test_group_means_are_those_worked_out_by_hand():
-    outcomes = {
-        "first": np.array([1.0, 2.0, 3.0, 10.0, 50.0]),
-        "second": np.array([5.0, 6.0, 10.0, 0.0, 50.0]),
+def data_of(gains, groups):
+    return diagnose.Data(gains, z={}, ranks={}, groups=groups)
+
+
+def test_mean_gains_are_those_worked_out_by_hand():
+    gains = {
+        "forward_kl": np.array([1.0, 2.0, 3.0, 10.0, 50.0]),
+        "reverse_kl": np.array([5.0, 6.0, 10.0, 0.0, 50.0]),
+        "overlap": np.zeros(5),
     }
     groups = {
         "all": np.ones(5, dtype=bool),
         "some": np.array([True, False, True, False, True]),
         "none": np.zeros(5, dtype=bool),
     }
-    found = diagnose.group_means(outcomes, groups, np.array([0, 1, 2, 3]))
-    assert found["all"] == {"first": 4, "second": 5.25}
-    assert found["some"] == {"first": 2, "second": 7.5}
-    assert np.isnan(list(found["none"].values())).all()
+    data = diagnose.at_positions(data_of(gains, groups), np.array([0, 1, 2, 3]))
+    found = diagnose.mean_gains(data, "all")
+    assert found == {"forward_kl": 4, "reverse_kl": 5.25, "overlap": 0}
+    assert diagnose.mean_gains(data, "some", ["reverse_kl"]) == {"reverse_kl": 7.5}
+    assert np.isnan(list(diagnose.mean_gains(data, "none").values())).all()
     # A position that was drawn twice counts twice.
-    twice = diagnose.group_means(outcomes, groups, np.array([0, 3, 3]))
-    assert twice["all"]["first"] == 7
+    twice = diagnose.at_positions(data_of(gains, groups), np.array([0, 3, 3]))
+    assert diagnose.mean_gains(twice, "all")["forward_kl"] == 7
 
 
-def test_a_draw_without_members_has_no_group_mean_and_does_not_count():
-    outcomes = {"gain": np.array([1.0, 2.0, 7.0])}
-    groups = {"group": np.array([True, True, False])}
+def test_a_draw_without_members_has_no_mean_gain_and_does_not_count():
+    gains = {name: np.array([1.0, 2.0, 7.0]) for name in MEASURES}
+    data = data_of(gains, {"group": np.array([True, True, False])})
     context = np.array([0, 0, 1])
     assert any(0 not in at for at in drawn(context, 50, seed=0))
 
-    def means(positions):
-        return diagnose.group_means(outcomes, groups, positions)
+    def make_tables(data):
+        return {"title": {"row": diagnose.mean_gains(data, "group")}}
 
-    found = diagnose.bootstrap(means, context, 50, seed=0)
-    assert found == {"group": {"gain": {"value": 1.5, "low": 1.5, "high": 1.5}}}
+    found = diagnose.bootstrap(make_tables, data, context, 50, seed=0)
+    expected = {"value": 1.5, "low": 1.5, "high": 1.5}
+    assert found == {"title": {"row": {name: expected for name in MEASURES}}}
 
 
 def test_equal_groups_are_those_worked_out_by_hand():
@@ -3871,7 +3891,7 @@ def test_intervals_are_percentiles_of_the_draws_alone():
     context = np.array([0, 0, 1])
     draws = drawn(context, 201, seed=0)
     others = sum(sorted(at) != [0, 1, 2] for at in draws)
-    found = diagnose.bootstrap(make_table, context, 201, seed=0)["row"]["column"]
+    found = bootstrapped(make_table, context, 201, seed=0)["row"]["column"]
     results = [1000] * (201 - others) + list(range(others))
     assert found["value"] == 1000
     assert found["low"] == pytest.approx(quantile(results, 0.025))
@@ -3883,7 +3903,7 @@ def test_a_table_in_which_a_value_is_missing_is_refused():
         return {"a": {"x": 1.0}, "b": {"x": math.nan}}
 
     with pytest.raises(ValueError, match="too few positions"):
-        diagnose.bootstrap(make_table, np.array([0, 1]), 5, seed=0)
+        bootstrapped(make_table, np.array([0, 1]), 5, seed=0)
 
 
 # ======================================================================================
@@ -3932,13 +3952,22 @@ def made_up(effect, c_of="before", contexts=60, each=30):
     return before, after, gains, args
 
 
+def at_k(scores, k):
+    """With this K's D and C under the names "divergence" and "compatibility"."""
+    return {
+        **scores,
+        "divergence": scores[f"divergence_{k}"],
+        "compatibility": scores[f"compatibility_{k}"],
+    }
+
+
 def decode_number(token):
     return f"t{token}"
 
 
-EXPLAINED = "What explains the gain?"
+EXPLAINED = "What explains the gain,"
 LEAKED = "If C were measured after training,"
-SHARES = "How much of the gain is explained? K=16"
+SHARES = "How much of the gain is explained, K=16"
 RANKED = "Rank correlation with the gain, K=16"
 QUARTERS = "Sure, yet in disagreement, by quarters of its {} part, K=16"
 THIRDS = {
@@ -4038,8 +4067,8 @@ def test_the_decomposition_is_that_of_a_plain_recomputation(planted, planted_tab
     for k in (8, 16, 32):
         explained = planted_tables[f"{EXPLAINED} K={k}"]
         assert list(explained) == [*MEASURES, "relative"]
-        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
-        for name, outcome in four_outcomes(diagnose.at_k(before, 16), gains).items():
+        plain = Recomputed(at_k(before, k), at_k(after, k))
+        for name, outcome in four_outcomes(at_k(before, 16), gains).items():
             slopes, _ = slopes_by_lstsq(plain.split(plain.c), outcome)
             cells = explained[name]
             assert list(cells) == ["learnable", "incompatible", "gap"]
@@ -4052,8 +4081,8 @@ def test_the_explained_shares_are_those_of_a_plain_recomputation(
 ):
     before, after, gains, _ = planted
     shares = planted_tables[SHARES]
-    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
-    outcomes = four_outcomes(diagnose.at_k(before, 16), gains)
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
+    outcomes = four_outcomes(at_k(before, 16), gains)
     assert list(shares) == list(outcomes)
     for name, outcome in outcomes.items():
         _, split = slopes_by_lstsq(plain.split(plain.c), outcome)
@@ -4067,8 +4096,8 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
     for k in (8, 16, 32):
         leaked = planted_tables[f"{LEAKED} K={k}"]
         assert len(leaked) == 8
-        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
-        for name, outcome in four_outcomes(diagnose.at_k(before, 16), gains).items():
+        plain = Recomputed(at_k(before, k), at_k(after, k))
+        for name, outcome in four_outcomes(at_k(before, 16), gains).items():
             for when, c in (("before", plain.c), ("after", plain.c_after)):
                 slopes, _ = slopes_by_lstsq(plain.split(c), outcome)
                 gap = slopes[1] - slopes[2]
@@ -4081,21 +4110,22 @@ def test_the_leak_table_takes_c_alone_from_after_training(planted, planted_table
 def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
     for k, title in THIRDS.items():
-        plain = Recomputed(diagnose.at_k(before, k), diagnose.at_k(after, k))
+        plain = Recomputed(at_k(before, k), at_k(after, k))
         thirds = groups_by_loops(plain.q3, plain.c, 3)
+        outcomes = four_outcomes(before, gains)
         labels = ["least compatible", "middle", "most compatible"]
         found = planted_tables[title]
         assert list(found) == [*labels, "most - least"]
         for label, members in zip(labels, thirds):
-            expected = [np.mean(gain[members]) for gain in gains.values()]
+            expected = [np.mean(gain[members]) for gain in outcomes.values()]
             assert values(found[label]) == pytest.approx(expected, abs=1e-6)
         expected = []
-        for gain in gains.values():
+        for gain in outcomes.values():
             expected.append(contrast_by_loops(plain.q3, plain.c, gain))
-        assert list(found["most - least"]) == list(MEASURES)
+        assert list(found["most - least"]) == [*MEASURES, "relative"]
         assert values(found["most - least"]) == pytest.approx(expected, abs=1e-6)
 
-    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
     parts = {"learnable": plain.d * plain.c, "incompatible": plain.d * (1 - plain.c)}
     for part, feature in parts.items():
         quarters = planted_tables[QUARTERS.format(part)]
@@ -4108,7 +4138,7 @@ def test_figures_inside_q3_are_those_of_a_plain_recomputation(planted, planted_t
 
 def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, _ = planted
-    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
     orders = {
         "D": plain.d,
         "learnable": plain.d * plain.c,
@@ -4128,7 +4158,7 @@ def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_t
 def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
     before, after, gains, args = planted
     tokens = planted_tables["What each method would keep at 10%, K=16"]
-    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
     learnable = plain.d * plain.c
     n = len(plain.d)
     generator = torch.Generator().manual_seed(args.seed)
@@ -4163,7 +4193,7 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
 def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tables):
     # Features, ranks and groups are those of the sample; their members are drawn.
     before, after, gains, args = planted
-    plain = Recomputed(diagnose.at_k(before, 16), diagnose.at_k(after, 16))
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
     X = np.column_stack([np.ones(1800), *map(z, plain.split(plain.c))])
     gain = gains["overlap"]
     learnable = plain.d * plain.c
@@ -4212,14 +4242,14 @@ def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
     # a response without one there is nothing here: 7 of 25 contexts have one at most.
     before, *_ = made_up(0.0, contexts=25, each=4)
     for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
-        kept = diagnose.kept_by(method, diagnose.at_k(before, 16), budget, seed=0)
+        kept = diagnose.kept_by(method, before, 16, budget, seed=0)
         assert kept.sum() == (100 if method == "full" else expected)
 
 
 def test_what_is_kept_by_chance_depends_on_the_seed():
     before, *_ = made_up(0.0, contexts=20, each=10)
-    one = diagnose.kept_by("random", diagnose.at_k(before, 16), 0.1, seed=1)
-    two = diagnose.kept_by("random", diagnose.at_k(before, 16), 0.1, seed=2)
+    one = diagnose.kept_by("random", before, 16, 0.1, seed=1)
+    two = diagnose.kept_by("random", before, 16, 0.1, seed=2)
     assert (one != two).any()
 
 
@@ -4263,9 +4293,7 @@ def test_an_absent_effect_is_not_found():
 def test_an_effect_of_c_after_training_shows_in_the_leak_alone():
     before, after, gains, args = made_up(1.0, c_of="after")
     args.bootstrap = 200
-    leaked = diagnose.leak(
-        diagnose.at_k(before, 16), diagnose.at_k(after, 16), gains, args
-    )
+    leaked = tabulated(before, after, gains, args)[f"{LEAKED} K=16"]
     for name in MEASURES:
         before_gap, before_contrast = leaked[f"C before, {name}"].values()
         after_gap, after_contrast = leaked[f"C after, {name}"].values()
@@ -4322,7 +4350,7 @@ def test_another_k_is_measured_beside_the_usual_three(measured, store, tmp_path)
     report, positions, _ = diagnosis(store, tmp_path / "out", *more)
     titles = [table["title"] for table in report["tables"]]
     for k in (4, 8, 16, 32):
-        assert f"What explains the gain? K={k}" in titles
+        assert f"{EXPLAINED} K={k}" in titles
         assert f"compatibility_{k}" in positions[0]["after"]
 
 
@@ -4353,21 +4381,15 @@ def test_a_real_diagnosis_reports_everything_with_intervals(measured):
 
 def test_the_terminal_shows_the_main_tables_in_110_columns(measured):
     _, (report, *_) = measured
-    printed = []
-    for table in report["tables"]:
-        if table["printed"]:
-            text = diagnose.as_text(table)
-            assert max(map(len, text.splitlines())) <= 110
-            assert text.startswith(table["title"] + "\n")
-            for label in table["rows"]:
-                assert f"\n{label} " in text
-            printed.append(table["title"])
-    assert printed == [
-        kept_at("10%"),
-        f"{EXPLAINED} K=16",
-        THIRDS[16],
-        f"{LEAKED} K=16",
-    ]
+    printed = report["tables"][:2]
+    for table in printed:
+        text = diagnose.as_text(table)
+        assert max(map(len, text.splitlines())) <= 110
+        assert text.startswith(table["title"] + "\n")
+        for label in table["rows"]:
+            assert f"\n{label} " in text
+    titles = [table["title"] for table in printed]
+    assert titles == [kept_at("10%"), f"{EXPLAINED} K=16"]
 
 
 def test_a_table_in_text_is_aligned():
@@ -4577,8 +4599,8 @@ def test_a_student_that_was_trained_earlier_gives_the_same_report(
     printed = capsys.readouterr().out
     assert printed.startswith(f"{again['summary']}\n")
     assert f"are in {tmp_path / 'again'}\n" in printed
-    for table in again["tables"]:
-        if table["printed"]:
+    for number, table in enumerate(again["tables"]):
+        if number < 2:
             assert f"\n{diagnose.as_text(table)}\n" in printed
         else:
             assert table["title"] not in printed
@@ -4695,8 +4717,7 @@ def test_the_page_shows_a_hostile_token_and_does_not_run_it():
     before["student_choice_1"] = before["teacher_choice_1"] = before["token"]
     tables = diagnose.all_tables(before, after, args, decode)
     gains = diagnose.gains_of(before, after)
-    before_16 = diagnose.at_k(before, 16)
-    responses = diagnose.token_map([[1]] * 5, before_16, gains, decode)
+    responses = diagnose.token_map([[1]] * 5, before, gains, 16, decode)
     page = diagnose.as_page(tables, hostile, responses)
 
     assert "<script" not in page
@@ -4732,17 +4753,17 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
     before = {
         "token": np.array([7, 8]),
         "entropy": np.array([0.0, 1.25]),
-        "divergence": np.array([0.0, 2.25]),
-        "compatibility": np.array([0.0, 0.5]),
+        "divergence_4": np.array([0.0, 2.25]),
+        "compatibility_4": np.array([0.0, 0.5]),
         "student_choice_1": np.array([0, 1]),
         "student_choice_2": np.array([0, 2]),
         "teacher_choice_1": np.array([0, 2]),
         "teacher_choice_2": np.array([0, 3]),
     }
     gains = {"overlap": np.array([0.0, -0.5]), "reverse_kl": np.array([0.0, 0.125])}
-    numbers = "entropy 1.25   divergence 2.25   compatibility 0.50"
+    numbers = "entropy 1.25   divergence_4 2.25   compatibility_4 0.50"
     gained = "gain in overlap -0.500   gain in reverse_kl +0.125"
-    assert diagnose.tooltip(1, before, gains, decode_number).splitlines() == [
+    assert diagnose.tooltip(1, before, gains, 4, decode_number).splitlines() == [
         f"'t8'   {numbers}   {gained}",
         "student: 't1'  't2'",
         "teacher: 't2'  't3'",
@@ -4751,15 +4772,15 @@ def test_a_tooltip_has_the_numbers_and_the_first_choices_of_its_position():
 
 def test_the_map_has_both_colours_of_the_first_contexts():
     before, after, gains, _ = made_up(0.0, contexts=20, each=10)
-    before, gains = diagnose.at_k(before, 16), diagnose.gains_of(before, after)
+    gains = diagnose.gains_of(before, after)
     before["student_choice_1"] = before["teacher_choice_1"] = before["token"]
-    page = diagnose.token_map([[1]] * 20, before, gains, decode_number)
+    page = diagnose.token_map([[1]] * 20, before, gains, 16, decode_number)
     spans = []
     for _, attributes in Elements(page).found:
         if attributes.get("class") == "token":
             spans.append(attributes)
     assert len(spans) == 12 * 10
-    plain = Recomputed(before, diagnose.at_k(after, 16))
+    plain = Recomputed(at_k(before, 16), at_k(after, 16))
     learnable = plain.d * plain.c
     incompatible = plain.d * (1 - plain.c)
     for i, attributes in enumerate(spans):
@@ -4778,14 +4799,11 @@ def test_a_table_of_the_page_has_every_label_and_every_cell():
     page = diagnose.table_html({"title": "T & U", "reading": "1 < 2.", "rows": rows})
     assert "<h2>T &amp; U</h2>" in page
     assert "<p>1 &lt; 2.</p>" in page
-    found = []
-    for row in re.findall("<tr>(.*?)</tr>", page, re.S):
-        cells = re.findall("<t[hd]>(.*?)</t[hd]>", row, re.S)
-        found.append([html.unescape(cell) for cell in cells])
-    assert found == [
-        ["", "a", "b"],
-        ["one", "+0.500 [-0.250, +1.000]", "z"],
-        ["<two>", "-0.500 [-1.000, +0.000]", "'<b>' 9%"],
+    text = re.search("<pre>(.*?)</pre>", page, re.S).group(1)
+    assert html.unescape(text).splitlines() == [
+        "                             a         b",
+        "one    +0.500 [-0.250, +1.000]         z",
+        "<two>  -0.500 [-1.000, +0.000]  '<b>' 9%",
     ]
     assert "<two>" not in page
     assert "<b>" not in page
@@ -4831,7 +4849,7 @@ def test_the_evidence_tables_follow_from_reports_and_from_positions(
     for name in positions[0]["before"]:
         values_of = [line["before"][name] for line in positions]
         before[name] = np.array(values_of)
-    before = diagnose.at_k(before, 16)
+    before = at_k(before, 16)
     gain = np.array([line["gain"]["reverse_kl"] for line in positions])
     plain = Recomputed(before, before)
     slopes, _ = slopes_by_lstsq(plain.split(plain.c)[:-1], gain)

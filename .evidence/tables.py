@@ -69,22 +69,16 @@ def read_positions(folder):  # -> what was measured before, and the gains: {name
 def regression(folder, without):  # -> {name: estimate} of the slopes, and of the gap
     """The decomposition in reverse KL at K = 16 again, perhaps without a regressor."""
     before, gains = read_positions(folder)
-    before = diagnose.at_k(before, 16)
-    gain = gains["reverse_kl"]
-
+    data = diagnose.make_data(before, gains, k=16, seed=0)
     names = [name for name in diagnose.REGRESSORS if name != without]
-    regressors = diagnose.make_regressors(diagnose.make_features(before), names)
-    outcome = diagnose.zscore(gain)
 
-    def table_of(positions):
-        drawn = diagnose.at_positions(regressors, positions)
-        slopes = diagnose.least_squares(drawn, {"gain": outcome[positions]})["gain"]
-        table = {name: {"slope": slope} for name, slope in slopes.items()}
-        table["gap"] = {"slope": slopes["learnable"] - slopes["incompatible"]}
-        return table
+    def make_tables(data):
+        slopes = diagnose.least_squares(data.z, names, ["reverse_kl"])["reverse_kl"]
+        gap = slopes["learnable"] - slopes["incompatible"]
+        return {"slopes": {"reverse_kl": {**slopes, "gap": gap}}}
 
-    rows = diagnose.bootstrap(table_of, before["context"], count=1000, seed=0)
-    return {name: cells["slope"] for name, cells in rows.items()}
+    tables = diagnose.bootstrap(make_tables, data, before["context"], 1000, seed=0)
+    return tables["slopes"]["reverse_kl"]
 
 
 def print_regressions(folders):

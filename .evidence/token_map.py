@@ -32,7 +32,6 @@ def main(folder, number):
     tokenizer = opd.transformers.AutoTokenizer.from_pretrained(args["student"])
 
     before, gains = tables.read_positions(folder)
-    before = diagnose.at_k(before, args["top_k"])
     before["context"] = np.where(before["context"] == number, 0, -1)  # the first, alone
 
     legend = [
@@ -40,7 +39,7 @@ def main(folder, number):
         diagnose.token_span("incompatible", 0, 0.9, ""),
     ]
     response = diagnose.token_map(
-        [tokenizer(prompt).input_ids], before, gains, tokenizer.decode
+        [tokenizer(prompt).input_ids], before, gains, args["top_k"], tokenizer.decode
     )
     print(PAGE.format(style=diagnose.STYLE, legend=" ".join(legend), response=response))
 

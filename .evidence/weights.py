@@ -18,11 +18,8 @@ import opd
 import tables
 
 before, gains = tables.read_positions(Path(sys.argv[1]))
-before = diagnose.at_k(before, 16)
-features = diagnose.make_features(before)
-regressors = diagnose.make_regressors(features, diagnose.REGRESSORS)
-gain = diagnose.zscore(gains["reverse_kl"])
-slopes = diagnose.least_squares(regressors, {"gain": gain})["gain"]
+z = diagnose.make_data(before, gains, k=16, seed=0).z
+slopes = diagnose.least_squares(z, diagnose.REGRESSORS, ["reverse_kl"])["reverse_kl"]
 
 tokenizer = opd.transformers.AutoTokenizer.from_pretrained(opd.DEMO["student"])
 texts = np.array([tokenizer.decode(token).strip() for token in before["token"]])
@@ -38,6 +35,6 @@ print(
 )
 print(f"{'slope':8}" + "".join(f"{slope:+17.2f}" for slope in slopes.values()))
 for kind, these in kinds.items():
-    parts = [slopes[name] * regressors[name][these].mean() for name in slopes]
-    numbers = [*parts, sum(parts), gain[these].mean()]
+    parts = [slopes[name] * z[name][these].mean() for name in slopes]
+    numbers = [*parts, sum(parts), z["reverse_kl"][these].mean()]
     print(f"{kind:8}" + "".join(f"{number:+17.2f}" for number in numbers))
