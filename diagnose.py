@@ -19,13 +19,14 @@ ways:
   overlap     the rise of sum_v min(p(v), q(v)), the probability that both share
 
 Two tables are printed; the page, report.html, has more. The first says how much the
-positions gain that each selection method would keep. A row of the demo:
+positions gain that each selection method would keep. Two rows of the demo (seed 0):
 
-                          forward_kl               reverse_kl
+                             forward_kl               reverse_kl
+  full          +0.292 [+0.284, +0.301]  +0.196 [+0.181, +0.211]
   teachability  +0.411 [+0.328, +0.488]  +1.930 [+1.789, +2.074]
 
-At the tenth that teachability would keep, KL(teacher || student) fell by .411 nats and
-KL(student || teacher) by 1.930: means, with their 95 % intervals.
+Over all positions, KL(student || teacher) fell by .196 nats on average; at the tenth
+that teachability would keep, by 1.930. In brackets are 95 % intervals.
 
 The second is a regression. It says what goes with a larger gain: more of the learnable
 part of the disagreement (D * C, both rescaled to [0, 1]), or more of the incompatible
@@ -50,7 +51,7 @@ import json
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,9 +59,41 @@ from tqdm import tqdm
 
 import opd
 
+# ======================================================================================
+# 1. The diagnostic on one page
+# ======================================================================================
+
+
+def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256):
+    """How much do the positions gain that each method would keep? -> {method: mean}
+
+    For reading: the program calls `main`. This leaves out the other measures of gain,
+    the intervals, the regression and the page. `train()` trains pair.student in place.
+    """
+    # 1. Contexts: the student's responses, a batch [B, R].
+    batch = opd.rollout(pair, prompts, max_new_tokens)
+
+    # 2. Measure them before training: {name: [B, R]}.
+    before, _ = opd.score(pair, batch, k)
+
+    # 3. Train.
+    train()
+
+    # 4. Measure the same responses again.
+    after, _ = opd.score(pair, batch, k)
+
+    # 5. The gain: by how much did KL(student || teacher) fall at each position?
+    gain = before["reverse_kl"] - after["reverse_kl"]  # [B, R], in nats
+    means = {"full": gain[batch.mask].mean().item()}
+    for method in opd.METHODS[1:]:
+        ranks = opd.rank(method, before, batch.mask)  # from before training alone
+        keep = opd.select(ranks, batch.mask, budget)
+        means[method] = gain[keep].mean().item()
+    return means
+
 
 def main(args):
-    """The five steps."""
+    """The same five steps, as the program takes them."""
     pair, training, held_out = opd.prepare(args)
     trained = None
     if args.after:
@@ -92,7 +125,7 @@ def main(args):
 
 
 # ======================================================================================
-# 1. Measuring: steps 1 to 4
+# 2. Measuring: steps 1 to 4
 # ======================================================================================
 
 
@@ -117,22 +150,19 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     """All that is measured at n positions, in nats except for overlap and C.
 
-    D and C for each K of `ks`. The five likeliest tokens of either model are for the
-    page.
+    What opd.measure does, but D and C for each K of `ks`; and more. The five likeliest
+    tokens of either model are for the page.
     """
-    measured = {
-        "token": tokens,
-        "forward_kl": opd.forward_kl(student_logits, teacher_logits),
-        "reverse_kl": opd.reverse_kl(student_logits, teacher_logits),
-        "overlap": overlap(student_logits, teacher_logits),
-        "entropy": opd.entropy(student_logits),
-        "teacher_entropy": opd.entropy(teacher_logits),
-    }
+    measured = {}
     for k in ks:
-        D = opd.divergence(student_logits, teacher_logits, k)
-        C = opd.compatibility(student_logits, teacher_logits, k)
-        measured[f"divergence_{k}"] = D
-        measured[f"compatibility_{k}"] = C
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
+        measured[f"divergence_{k}"] = scores.pop("divergence")
+        measured[f"compatibility_{k}"] = scores.pop("compatibility")
+        measured.update(scores)  # the others are the same for every K
+    measured["token"] = tokens
+    measured["forward_kl"] = opd.forward_kl(student_logits, teacher_logits)
+    measured["overlap"] = overlap(student_logits, teacher_logits)
+    measured["teacher_entropy"] = opd.entropy(teacher_logits)
 
     five = min(5, student_logits.shape[-1])
     student_top = student_logits.topk(five).indices  # [n, 5]
@@ -207,38 +237,31 @@ def gains_of(before, after):  # -> {measure: [N]}
 
 
 # ======================================================================================
-# 2. What the tables are made from
+# 3. What the tables are made from
 #
 #    The report compares positions: which gain most? For that, all that is known about a
 #    position stands in one row of columns, a `Data`. They are made once, here. The
-#    tables of part 3 are made from its rows; and part 4 draws rows by chance and makes
+#    tables of part 4 are made from its rows; and part 5 draws rows by chance and makes
 #    the tables again, to see how much their numbers change.
 # ======================================================================================
 
+MEASURES = ("forward_kl", "reverse_kl", "overlap")  # of the gain
+ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
+
 
 class Data(NamedTuple):
-    """Columns with a row for each position; each field is {name: [N]}."""
+    """Columns with a row for each position: each field is {name: [N]}.
 
-    gains: dict  # the names are those of ALL_GAINS
-    z: dict  # gains, and what may explain them: rescaled to mean 0 and variance 1
-    ranks: dict  # the same, but the rank of each value: 1 for the lowest
-    groups: dict  # bool: does the position belong to this group? For example, to
-    # "teachability 10%", what this method would keep. See `make_groups`
+    `gains` has those of ALL_GAINS. `z` and `ascending` have the gains and the features,
+    what may explain them: z rescaled to mean 0 and variance 1, `ascending` as ranks, 1
+    for the lowest. `groups` are bool: does the position belong to this group? To
+    groups["teachability", 0.1], say, what teachability would keep with that budget.
+    """
 
-
-MEASURES = ("forward_kl", "reverse_kl", "overlap")
-ALL_GAINS = (*MEASURES, "relative")
-
-# What the gain is predicted from: the two parts of D, which are in question, and three
-# controls, as in the paper. (An unsure student, say, or an early position may gain more
-# whatever the teacher wants, and the two parts must not get the credit for that.)
-REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
-
-# The paper's baseline: D as a whole, also in product with the entropy. If that explains
-# as much, the split is worth nothing.
-UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
-
-RANKED = ("D", "learnable", "incompatible", "entropy", "tip")  # in part 3
+    gains: dict
+    z: dict
+    ascending: dict
+    groups: dict
 
 
 def relative_gain(before, gains):  # -> [N]
@@ -285,7 +308,7 @@ def zscore(values):  # [N] -> [N]
     return (values - values.mean()) / max(values.std(), 1e-12)
 
 
-def mean_ranks(values):  # [N] -> [N]
+def ascending_ranks(values):  # [N] -> [N]
     """1 for the lowest value; equal values share the mean of their ranks.
 
     10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
@@ -302,11 +325,11 @@ def kept_by(method, before, k, budget, seed):  # -> [N] bool
     Here all contexts stand in one row, as if they were one response. So opd.select adds
     no position for a response that has none, and the count is the same for all methods.
     """
-    scores = {
-        "entropy": torch.tensor(before["entropy"])[None],  # [1, N]
-        "divergence": torch.tensor(before[f"divergence_{k}"])[None],
-        "compatibility": torch.tensor(before[f"compatibility_{k}"])[None],
-    }
+    scores = {}
+    for name, values in before.items():
+        scores[name] = torch.tensor(values)[None]  # [1, N]
+    scores["divergence"] = scores[f"divergence_{k}"]
+    scores["compatibility"] = scores[f"compatibility_{k}"]
     mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
     if method == "full":
         return mask[0].numpy()
@@ -316,8 +339,9 @@ def kept_by(method, before, k, budget, seed):  # -> [N] bool
 
 
 def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Positions of low entropy and high D: not above the one's median, not below the
-    other's. (The two medians make four quadrants; the paper numbers this one Q3.)
+    """Positions whose entropy is at most its median, and whose D is at least its own.
+
+    (Two medians make four quadrants. The paper numbers this one Q3.)
     """
     sure = features["entropy"] <= np.median(features["entropy"])
     in_disagreement = features["D"] >= np.median(features["D"])
@@ -349,48 +373,48 @@ def make_groups(before, features, k, seed):  # -> {name: [N] bool}
     groups = {}
     for budget in BUDGETS:
         for method in opd.METHODS:
-            kept = kept_by(method, before, k, budget, seed)
-            groups[f"{method} {budget:.0%}"] = kept
+            groups[method, budget] = kept_by(method, before, k, budget, seed)
 
     q3 = sure_yet_in_disagreement(features)
     groups.update(equal_groups(features["C"], q3, THIRDS))
     for part in ("learnable", "incompatible"):
-        labels = [f"{part}: {quarter}" for quarter in QUARTERS]
-        groups.update(equal_groups(features[part], q3, labels))
+        quarters = equal_groups(features[part], q3, QUARTERS)
+        for quarter, member in quarters.items():
+            groups[part, quarter] = member
     return groups
 
 
 def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
-    """InputError for a feature that is the same everywhere: it has no slope."""
+    """InputError for a feature that is the same everywhere: it can explain nothing."""
     gains = {**gains, "relative": relative_gain(before, gains)}
     features = make_features(before, k)
-    for name in REGRESSORS + UNSPLIT:
-        if np.ptp(features[name]) < 1e-12:
+    for name, values in features.items():
+        if np.ptp(values) < 1e-12:
             raise opd.InputError(
                 f"{name} is the same at all positions, so its share in the gain cannot "
                 "be found; use more contexts or longer responses"
             )
 
-    columns = {**features, **gains}
-    return Data(
-        gains=gains,
-        z={name: zscore(columns[name]) for name in REGRESSORS + UNSPLIT + ALL_GAINS},
-        ranks={name: mean_ranks(columns[name]) for name in RANKED + MEASURES},
-        groups=make_groups(before, features, k, seed),
-    )
+    z = {}
+    ascending = {}
+    for name, values in {**features, **gains}.items():
+        z[name] = zscore(values)
+        ascending[name] = ascending_ranks(values)
+    groups = make_groups(before, features, k, seed)
+    return Data(gains, z, ascending, groups)
 
 
 # ======================================================================================
-# 3. The tables: plain numbers, {row: {column: number}}, from the data of n positions
+# 4. The tables: plain numbers, {row: {column: number}}, from the data of n positions
 # ======================================================================================
 
 
 def mean_gains(data, group, names=MEASURES):  # -> {name of the gain: mean}
     """The mean gains of a group's members; nan if it has none."""
-    member = data.groups[group]  # [n] bool
+    members = np.flatnonzero(data.groups[group])
     means = {}
     for name in names:
-        values = data.gains[name][member]
+        values = data.gains[name].take(members)
         means[name] = values.mean() if len(values) else np.nan
     return means
 
@@ -399,7 +423,7 @@ def gain_of_kept(data, budget):
     """How much do the positions gain that each method would keep?"""
     table = {}
     for method in opd.METHODS:
-        table[method] = mean_gains(data, f"{method} {budget:.0%}")
+        table[method] = mean_gains(data, (method, budget))
     return table
 
 
@@ -417,6 +441,12 @@ def least_squares(z, regressors, outcomes):  # {name: [n]}, names, names
     for i, name in enumerate(outcomes):
         slopes[name] = dict(zip(regressors, solution[1:, i]))  # without the intercept
     return slopes
+
+
+# What the gain is predicted from: the two parts of D, which are in question, and three
+# controls, as in the paper. (An unsure student, say, or an early position may gain more
+# whatever the teacher wants, and the two parts must not get the credit for that.)
+REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
 
 
 def explain(data):
@@ -440,6 +470,11 @@ def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
             fitted += slope * z[regressor]
         shares[name] = fitted.var() / max(z[name].var(), 1e-12)
     return shares
+
+
+# The paper's baseline: D as a whole, also in product with the entropy. If that explains
+# as much, the split is worth nothing.
+UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
 
 
 def explained_shares(data):
@@ -471,7 +506,7 @@ def compare_quarters(data, part):
     """Where the student is sure yet disagrees: is more gained where a part of D is?"""
     table = {}
     for quarter in QUARTERS:
-        table[quarter] = mean_gains(data, f"{part}: {quarter}")
+        table[quarter] = mean_gains(data, (part, quarter))
     return table
 
 
@@ -486,15 +521,16 @@ def correlation(x, y):  # [n], [n] -> number
 def rank_correlations(data):
     """What orders the positions as their gains do? (Spearman's: of the ranks.)"""
     table = {}
-    for feature in RANKED:
+    ranks = data.ascending
+    for feature in ("D", "learnable", "incompatible", "entropy", "tip"):
         table[feature] = {}
         for name in MEASURES:
-            table[feature][name] = correlation(data.ranks[feature], data.ranks[name])
+            table[feature][name] = correlation(ranks[feature], ranks[name])
     return table
 
 
 # ======================================================================================
-# 4. Intervals: how much may a number owe to chance?
+# 5. Intervals: how much may a number owe to chance?
 # ======================================================================================
 
 
@@ -569,129 +605,117 @@ def cell_of(value, results):  # a number, and those of the draws -> {name: numbe
 
 
 # ======================================================================================
-# 5. The report
+# 6. The report
 # ======================================================================================
 
 
-class Table(NamedTuple):
-    title: str
-    reading: str  # how to read it
-    make: Callable  # Data of n positions -> {row: {column: number}}
+KEPT = "Mean gain of the 10% that each method would keep"
+EXPLAINED = "What explains the gain"
+THIRDS_OF_C = "Sure, yet in disagreement (the paper's Q3)"
+LEAK = "If C were measured after training"
+SHARES = "How much of the gain is explained"
+CORRELATIONS = "Rank correlation with the gain"
+KEPT_3 = "Mean gain of the 3% that each method would keep"
+KEPT_5 = "Mean gain of the 5% that each method would keep"
+LEARNABLE = "Sure, yet in disagreement, by quarters of its learnable part"
+INCOMPATIBLE = "Sure, yet in disagreement, by quarters of its incompatible part"
+TOKENS = "What each method would keep at 10%"
 
 
-KEPT_TABLE = Table(
-    "Mean gain of the 10% that each method would keep",
-    """Mean gain of the positions that each method would keep of all contexts together:
+def main_tables(data):  # -> {title: rows}
+    return {
+        KEPT: gain_of_kept(data, 0.1),
+        EXPLAINED: explain(data),
+        THIRDS_OF_C: compare_thirds(data),
+    }
+
+
+def more_tables(data):  # -> {title: rows}
+    return {
+        SHARES: explained_shares(data),
+        CORRELATIONS: rank_correlations(data),
+        KEPT_3: gain_of_kept(data, 0.03),
+        KEPT_5: gain_of_kept(data, 0.05),
+        LEARNABLE: compare_quarters(data, "learnable"),
+        INCOMPATIBLE: compare_quarters(data, "incompatible"),
+    }
+
+
+READINGS = {  # what the report says below each title
+    KEPT: """
+    Mean gain of the positions that each method would keep of all contexts together:
     equally many for each, whatever --budget the training had, but for full, which keeps
     all. Where ranks are equal (the top 5 % of entropy, of D and of C are all 1), the
-    earlier ones are kept.""",
-    lambda data: gain_of_kept(data, 0.1),
-)
-EXPLAIN_TABLE = Table(
-    "What explains the gain",
-    """The slope .3 in the column "learnable" says: where the learnable part of D is one
+    earlier ones are kept.
+    """,
+    EXPLAINED: """
+    The slope .3 in the column "learnable" says: where the learnable part of D is one
     standard deviation larger, and the incompatible part and three controls are the
     same, the gain is .3 standard deviations larger. gap = learnable - incompatible. In
     forward_kl, the paper has .086 and .043. The last row is of the share of the forward
-    KL that is gone.""",
-    explain,
-)
-THIRDS_TABLE = Table(
-    "Sure, yet in disagreement (the paper's Q3)",
-    """Of the positions where the student is sure (its entropy is at most the median)
-    and yet disagrees (D is at least the median): their mean gain in three equal groups,
+    KL that is gone.
+    """,
+    THIRDS_OF_C: """
+    Of the positions where the student is sure (its entropy is at most the median) and
+    yet disagrees (D is at least the median): their mean gain in three equal groups,
     from the lowest C to the highest. In the last row, above 0 says that more is gained
     where the teacher's advice is more compatible, as the paper has it; below 0, less.
     """,
-    compare_thirds,
-)
-MAIN_TABLES = (KEPT_TABLE, EXPLAIN_TABLE, THIRDS_TABLE)
-MORE_TABLES = (
-    Table(
-        "How much of the gain is explained",
-        """R2, the share of the gain's variance that the regression explains: with D in
-        its two parts, and with D and its product with the entropy in their place.""",
-        explained_shares,
-    ),
-    Table(
-        "Rank correlation with the gain",
-        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-        rank_correlations,
-    ),
-    Table(
-        "Mean gain of the 3% that each method would keep",
-        "As with 10%.",
-        lambda data: gain_of_kept(data, 0.03),
-    ),
-    Table(
-        "Mean gain of the 5% that each method would keep",
-        "As with 10%.",
-        lambda data: gain_of_kept(data, 0.05),
-    ),
-    Table(
-        "Sure, yet in disagreement, by quarters of its learnable part",
-        "From the quarter with the least of it to that with the most.",
-        lambda data: compare_quarters(data, "learnable"),
-    ),
-    Table(
-        "Sure, yet in disagreement, by quarters of its incompatible part",
-        "From the quarter with the least of it to that with the most.",
-        lambda data: compare_quarters(data, "incompatible"),
-    ),
-)
-
-# Made of the cells of two tables, with C of before training and with C of after it.
-LEAK_OF = (EXPLAIN_TABLE, THIRDS_TABLE)
-LEAK_TITLE = "If C were measured after training"
-LEAK_READING = """
-Two figures from above (gap, most - least), with C from before training and with C from
-after it. The latter is a leak: by then, what was learned stands in the trained
-student's top K, so C knows what it is asked to predict. Only C from before can choose
-positions.
-"""
-TOKENS_TITLE = "What each method would keep at 10%"
-TOKENS_READING = "Its most frequent tokens, and their share."
+    LEAK: """
+    Two figures from above (gap, most - least), with C from before training and with C
+    from after it. The latter is a leak: by then, what was learned stands in the trained
+    student's top K, so C knows what it is asked to predict. Only C from before can
+    choose positions.
+    """,
+    SHARES: """
+    R2, the share of the gain's variance that the regression explains: with D in its two
+    parts, and with D and its product with the entropy in their place.
+    """,
+    CORRELATIONS: """
+    Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.
+    """,
+    KEPT_3: "As with 10%.",
+    KEPT_5: "As with 10%.",
+    LEARNABLE: "From the quarter with the least of it to that with the most.",
+    INCOMPATIBLE: "From the quarter with the least of it to that with the most.",
+    TOKENS: "Its most frequent tokens, and their share.",
+}
 
 
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
     """Everything that the report says in numbers, as it is written to report.json."""
     gains = gains_of(before, after)
-    tables = []
-    other_ks = [k for k in args.ks if k != args.top_k]
-    for k in (args.top_k, *other_ks):
-        wanted = MAIN_TABLES
-        if k == args.top_k:
-            wanted += MORE_TABLES
-        rows = fill(wanted, before, gains, k, args)
-        for table in wanted:
-            tables.append(as_dict(table.title, k, table.reading, rows[table.title]))
-
-        name = f"compatibility_{k}"
-        leaky = {**before, name: after[name]}
-        leaky_rows = fill(LEAK_OF, leaky, gains, k, args)
-        leak_rows = leak(rows, leaky_rows)
-        tables.append(as_dict(LEAK_TITLE, k, LEAK_READING, leak_rows))
-
-        if k == args.top_k:
-            tokens = kept_tokens(before, k, args.seed, decode)
-            tables.append(as_dict(TOKENS_TITLE, k, TOKENS_READING, tokens))
+    tables = tables_of_k(args.top_k, before, after, gains, args, decode)
+    for k in args.ks:
+        if k != args.top_k:
+            tables += tables_of_k(k, before, after, gains, args, decode)
     return tables
 
 
-def fill(tables, before, gains, k, args):  # `Table`s -> {title: rows}, with intervals
-    def make_tables(data):
-        return {table.title: table.make(data) for table in tables}
+def tables_of_k(k, before, after, gains, args, decode):  # -> a list of tables
+    """The main tables, with the D and C of this K; if it is --top-k, all the others."""
 
-    data = make_data(before, gains, k, args.seed)
-    return bootstrap(make_tables, data, before["context"], args.bootstrap, args.seed)
+    def with_intervals(make_tables, scores):
+        data = make_data(scores, gains, k, args.seed)
+        context = before["context"]
+        return bootstrap(make_tables, data, context, args.bootstrap, args.seed)
+
+    found = with_intervals(main_tables, before)  # {title: rows}
+    name = f"compatibility_{k}"
+    leaky = with_intervals(main_tables, {**before, name: after[name]})
+    found[LEAK] = leak(found, leaky)
+    if k == args.top_k:
+        found.update(with_intervals(more_tables, before))
+        found[TOKENS] = kept_tokens(before, k, args.seed, decode)
+
+    tables = []
+    for title, rows in found.items():
+        reading = " ".join(READINGS[title].split())  # in one line
+        tables.append({"title": f"{title}, K={k}", "reading": reading, "rows": rows})
+    return tables
 
 
-def as_dict(title, k, reading, rows):
-    reading = " ".join(reading.split())  # in one line
-    return {"title": f"{title}, K={k}", "reading": reading, "rows": rows}
-
-
-def leak(rows_of, leaky_rows_of):  # {title: rows} twice -> rows
+def leak(found, leaky):  # {title: rows} twice -> rows
     """Two figures with C of before training and, wrongly, of after it.
 
     Why wrongly? Say the teacher wants a token that the student does not consider: C is
@@ -700,13 +724,11 @@ def leak(rows_of, leaky_rows_of):  # {title: rows} twice -> rows
     counts as learnable: what spoke against the hypothesis now speaks for it.
     """
     rows = {}
-    for when, tables in (("before", rows_of), ("after", leaky_rows_of)):
-        explained = tables[EXPLAIN_TABLE.title]
-        thirds = tables[THIRDS_TABLE.title]
+    for when, tables in (("before", found), ("after", leaky)):
         for name in ALL_GAINS:
             rows[f"C {when}, {name}"] = {
-                "gap": explained[name]["gap"],
-                "most - least": thirds["most - least"][name],
+                "gap": tables[EXPLAINED][name]["gap"],
+                "most - least": tables[THIRDS_OF_C]["most - least"][name],
             }
     return rows
 
@@ -828,7 +850,7 @@ def report(pair, prompts, held_out_count, before, after, args, out):
 
 
 # ======================================================================================
-# 6. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 7. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -963,7 +985,7 @@ token, or tap it.</p>
 
 
 # ======================================================================================
-# 7. The command line
+# 8. The command line
 # ======================================================================================
 
 

@@ -3687,7 +3687,7 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
 def bootstrapped(table_of, context, count, seed):  # -> the rows of one table
     """diagnose.bootstrap with a function of positions in place of one of data."""
     columns = {"position": np.arange(len(context))}
-    data = diagnose.Data(gains=columns, z={}, ranks={}, groups={})
+    data = diagnose.Data(gains=columns, z={}, ascending={}, groups={})
 
     def make_tables(data):
         return {"title": table_of(data.gains["position"])}
@@ -3809,9 +3809,11 @@ def rank_correlation_by_loops(x, y):
 
 
 def test_equal_values_share_the_mean_of_their_ranks():
-    assert diagnose.mean_ranks(np.array([20, 10, 20])).tolist() == [2.5, 1, 2.5]
+    assert diagnose.ascending_ranks(np.array([20, 10, 20])).tolist() == [2.5, 1, 2.5]
     values = np.random.default_rng(0).integers(0, 6, size=50)  # many ties
-    assert diagnose.mean_ranks(values).tolist() == mean_ranks_by_loops(values.tolist())
+    assert diagnose.ascending_ranks(values).tolist() == mean_ranks_by_loops(
+        values.tolist()
+    )
 
 
 def test_the_correlation_is_that_of_numpy():
@@ -3826,7 +3828,7 @@ def test_the_correlation_with_a_constant_is_zero():
 
 
 def data_of(gains, groups):
-    return diagnose.Data(gains, z={}, ranks={}, groups=groups)
+    return diagnose.Data(gains, z={}, ascending={}, groups=groups)
 
 
 def test_mean_gains_are_those_worked_out_by_hand():
@@ -4352,6 +4354,66 @@ def test_another_k_is_measured_beside_the_usual_three(measured, store, tmp_path)
     for k in (4, 8, 16, 32):
         assert f"{EXPLAINED} K={k}" in titles
         assert f"compatibility_{k}" in positions[0]["after"]
+
+
+def test_a_method_and_a_quantity_in_a_copy_of_opd_stand_in_the_report(
+    measured, store, tmp_path, monkeypatch
+):
+    # As the README has it: one line in measure, two in rank, a name in METHODS.
+    old_measure, old_rank = opd.measure, opd.rank
+
+    def measure(student_logits, teacher_logits, k=16, tokens=None):
+        scores = old_measure(student_logits, teacher_logits, k, tokens)
+        scores["own_token"] = tokens.float()
+        return scores
+
+    def rank(method, scores, mask, generator=None):
+        if method == "large_ids":
+            return scores["own_token"]
+        return old_rank(method, scores, mask, generator)
+
+    monkeypatch.setattr(opd, "measure", measure)
+    monkeypatch.setattr(opd, "rank", rank)
+    monkeypatch.setattr(opd, "METHODS", (*opd.METHODS, "large_ids"))
+    folder, _ = measured
+    more = ["--prompts", folder / "many.jsonl", "--after", folder / "out" / "student"]
+    report, positions, _ = diagnosis(store, tmp_path / "out", *more)
+    lines = sorted(positions, key=lambda line: -line["before"]["token"])
+    best = lines[: math.ceil(0.1 * len(lines))]
+    expected = np.mean([line["gain"]["overlap"] for line in best])
+    found = report["tables"][0]["rows"]["large_ids"]["overlap"]["value"]
+    assert found == pytest.approx(expected)
+    assert lines[0]["before"]["own_token"] == lines[0]["before"]["token"]
+
+
+def test_the_simple_diagnosis_finds_the_gains_of_whole_models(store):
+    pair = load(store)
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    before = load(store)
+    other = model_of("qwen3", seed=5)
+
+    def train():
+        pair.student.load_state_dict(other.state_dict())
+
+    torch.manual_seed(4)
+    found = diagnose.simple_diagnosis(pair, prompts, train, 2, 0.4, max_new_tokens=9)
+    torch.manual_seed(4)
+    batch = opd.rollout(before, prompts, 9)
+    scores = scores_of(before, batch, 2, 3)
+    gains = {}  # {(response, token): gain}
+    models = zip(one_by_one(before, prompts, batch), one_by_one(pair, prompts, batch))
+    for row, ((p0, q, _), (p1, *_)) in enumerate(models):
+        for t, logits_of in enumerate(zip(*map(as_lists, (p0, p1, q)))):
+            p0_t, p1_t, q_t = map(softmax, logits_of)
+            gains[row, t] = kl(p0_t, q_t) - kl(p1_t, q_t)
+    assert set(found) == set(opd.METHODS)
+    assert found["full"] == pytest.approx(np.mean(list(gains.values())), abs=1e-4)
+    for method in ("teachability", "entropy"):
+        keep = opd.select(opd.rank(method, scores, batch.mask), batch.mask, 0.4)
+        kept = [gains[place] for place in places(keep)]
+        assert 0 < len(kept) < len(gains)
+        assert found[method] == pytest.approx(np.mean(kept), abs=1e-4)
+    assert abs(found["teachability"] - found["full"]) > 1e-3
 
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
