@@ -27,9 +27,8 @@ Notation: p is the student's next-token distribution, q the teacher's. KL and en
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
 Names and formulas are the paper's, except for what the README lists at its end.
 Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
-tokens in the vocabulary, E hidden units. A mask [B, R] is True at the valid positions;
-the others are padding after an end. N is the number of a batch's valid positions, n
-that of some of them.
+tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
+padding after an end. N is the number of a batch's valid positions.
 
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -94,19 +93,18 @@ def simple_step(
     #   logits   l1  l2  l3  l4  l5      l2 predicts y1, l3 predicts y2, l4 predicts y3
     #                ^^  ^^  ^^          [P - 1 : -1]
     student_logits = student(ids).logits[:, prompt_length - 1 : -1]  # [1, R, V]
-    with torch.no_grad():
+    with torch.no_grad():  # the student's logits keep their graph, for step 5
         teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
-        # H, D and C at each position, {name: [1, R]}
-        scores = measure(student_logits, teacher_logits, k)
+        D = divergence(student_logits, teacher_logits, k)  # [1, R]
+        C = compatibility(student_logits, teacher_logits, k)
 
-    # 3. Rank: D * C, after both are rescaled.
-    ranks = rank("teachability", scores, mask)  # [1, R]
+    # 3. Rank by teachability: the product, after both are rescaled to [0, 1].
+    ranks = robust_normalize(D, mask) * robust_normalize(C, mask)
 
     # 4. Select: the best tenth.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update: lower KL(student || teacher) there. `scores` has it, but without a
-    #    gradient; so once more. (`train_step` has the student read once more, too.)
+    # 5. Update: lower KL(student || teacher) there.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     optimizer.zero_grad()
     loss.backward()
@@ -186,7 +184,9 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
 
-    if k == student_logits.shape[-1]:  # all are candidates: 1, without rounding errors
+    # If all tokens are candidates, C is 1. Exactly 1: rounding errors would be rescaled
+    # to [0, 1], as if they were a difference.
+    if k == student_logits.shape[-1]:
         return torch.ones_like(student_logits[..., 0], dtype=torch.float)
 
     candidates = student_logits.topk(k).indices  # [..., K]
@@ -370,6 +370,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #    (In `simple_step`, the second and the last are one.) In the last one, the teacher's
 #    layers do not run again: from the hidden states that they gave in the third, its
 #    head makes the logits of the kept positions anew.
+#
+#    More letters for shapes: E hidden units; n positions, some of a batch's N.
 # ======================================================================================
 
 
@@ -398,6 +400,16 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
 # -- rollout ---------------------------------------------------------------------------
 
 
@@ -414,6 +426,35 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
         ids.append([PADDING] * missing + prompt)
         attention.append([0] * missing + [1] * len(prompt))
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
+
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, except those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
 
 
 @torch.no_grad()
@@ -495,7 +536,7 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
 
 
 @torch.no_grad()
-def hidden_states_of_batch(model, batch, micro_batch_size):  # -> [B, R, E]
+def read_in_micro_batches(model, batch, micro_batch_size):  # -> [B, R, E]
     """`hidden_states` of all B responses: in micro-batches, without gradient."""
     parts = []
     for start in range(0, len(batch.ids), micro_batch_size):
@@ -535,7 +576,7 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
-def chunks(pair, number):  # -> slices, of a chunk of the positions each
+def chunks(pair, number):  # -> slices: of positions 0 to 99, then 100 to 199, ...
     at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
     return [slice(start, start + at_once) for start in range(0, number, at_once)]
 
@@ -548,8 +589,8 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     the teacher's hidden states [B, R, E], so that `update` need not run its layers
     again. `k` is handed on to measure_fn.
     """
-    student_hidden = hidden_states_of_batch(pair.student, batch, micro_batch_size)
-    teacher_hidden = hidden_states_of_batch(pair.teacher, batch, micro_batch_size)
+    student_hidden = read_in_micro_batches(pair.student, batch, micro_batch_size)
+    teacher_hidden = read_in_micro_batches(pair.teacher, batch, micro_batch_size)
 
     # Flatten: the N valid positions, row by row.
     student_flat = student_hidden[batch.mask]  # [N, E]
@@ -643,6 +684,28 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 # -- the step --------------------------------------------------------------------------
 
 
+def rank_by(method, scores, mask, generator):  # -> [B, R]
+    """`rank`, or a function of your own: method(scores, mask).
+
+    ValueError if that returns what cannot be used.
+    """
+    if not callable(method):
+        ranks = rank(method, scores, mask, generator)
+    else:
+        ranks = torch.as_tensor(method(scores, mask))
+        if ranks.shape != mask.shape:
+            raise ValueError(
+                "a method must return a number for each position, a tensor "
+                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+            )
+        if ranks[mask].isnan().any():
+            raise ValueError("a method must return numbers, and this one returned nan")
+
+    if ranks[mask].min() == ranks[mask].max():
+        warn("all positions rank alike, so the first ones are kept")
+    return ranks
+
+
 def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
     means = {}
     for name, values in scores.items():
@@ -695,15 +758,11 @@ def train_step(
     if method == "full":
         keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
-        # 3. Rank, by a method of `rank` or of your own.
-        if callable(method):
-            ranks = torch.as_tensor(method(scores, batch.mask))
-        else:
-            ranks = rank(method, scores, batch.mask, generator)
-        check_ranks(method, ranks, batch.mask)
+        # 3. Rank.
+        ranks = rank_by(method, scores, batch.mask, generator)  # [B, R]
 
         # 4. Select.
-        keep = select(ranks, batch.mask, budget)
+        keep = select(ranks, batch.mask, budget)  # [B, R] bool
 
     # 5. Update: the student reads once more, now with a gradient. The teacher does not:
     #    its hidden states of step 2 are used again.
@@ -719,7 +778,7 @@ def train_step(
     }
 
 
-# -- small print: what the functions above call. May be skipped ----------------------
+# -- checks of what is handed to a step. May be skipped ------------------------------
 
 
 def length_limit(pair):  # -> tokens of prompt and response together
@@ -749,58 +808,6 @@ def check_scores(scores):  # for a measure_fn of your own
     for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
         if name not in scores:
             raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
-
-
-def check_ranks(method, ranks, mask):  # name or function, [B, R], [B, R]
-    if ranks.shape != mask.shape:
-        raise ValueError(
-            "a method must return a number for each position, a tensor "
-            f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
-        )
-    valid_ranks = ranks[mask]
-    if callable(method) and valid_ranks.isnan().any():
-        raise ValueError("a method must return numbers, and this one returned a nan")
-    if valid_ranks.min() == valid_ranks.max():
-        warn("all positions rank alike, so the first ones are kept")
-
-
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, except those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
-
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
 # ======================================================================================
@@ -1135,7 +1142,7 @@ def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # ->
 def make_pair(student, teacher, tokenizer, temperature=1.0):  # -> Pair
     """A pair of two models in memory, on one device, which share this tokenizer.
 
-    InputError for models that cannot be used.
+    It freezes the teacher. InputError for models that cannot be used.
     """
     if student is teacher:
         raise InputError("student and teacher are one object; load the model twice")
@@ -1169,7 +1176,8 @@ def join(student, teacher, tokenizer, teacher_tokenizer, temperature):  # -> Pai
     # A base student may end the way its chat teacher does. In order, so that the first
     # lies in the shared vocabulary if any does.
     ends = ends_of(student, tokenizer) | ends_of(teacher, teacher_tokenizer)
-    end_ids = sorted(ends)
+    outputs = max(student_outputs, teacher_outputs)
+    end_ids = sorted(end for end in ends if end < outputs)  # others are never written
     if not end_ids or end_ids[0] >= vocab_size:
         warn("no token that ends a response is known to both; all run to the limit")
         end_ids = []

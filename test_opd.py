@@ -1288,7 +1288,7 @@ def scores_of(pair, batch, k, size, *measure_fn):  # the scores alone
 
 
 def step_of(pair, optimizer, batch, keep, kind, size):  # opd.update, after a score
-    teacher_hidden = opd.hidden_states_of_batch(pair.teacher, batch, size)
+    teacher_hidden = opd.read_in_micro_batches(pair.teacher, batch, size)
     return opd.update(pair, optimizer, batch, teacher_hidden, keep, kind, size)
 
 
