@@ -592,31 +592,23 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     student_hidden = read_in_micro_batches(pair.student, batch, micro_batch_size)
     teacher_hidden = read_in_micro_batches(pair.teacher, batch, micro_batch_size)
 
-    # Flatten: the N valid positions, row by row.
-    student_flat = student_hidden[batch.mask]  # [N, E]
-    teacher_flat = teacher_hidden[batch.mask]
-    tokens = batch.responses[batch.mask]  # [N]
-
-    # Measure, chunk by chunk.
-    found = defaultdict(list)
-    for chunk in chunks(pair, len(tokens)):
-        student_logits = next_token_logits(pair, pair.student, student_flat[chunk])
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_flat[chunk])
-        measured = measure_fn(student_logits, teacher_logits, k, tokens[chunk])
-        for name, values in measured.items():
-            found[name].append(values)
-
-    # Back to their places: [N] -> [B, R].
     scores = {}
-    for name, parts in found.items():
-        values = torch.cat(parts)
-        if values.shape != tokens.shape:
-            raise ValueError(
-                f"measure_fn must return one number for each position, but {name} has "
-                f"the shape {list(values.shape)} at {len(tokens)} positions"
-            )
-        scores[name] = values.new_zeros(batch.mask.shape)
-        scores[name][batch.mask] = values
+    rows, columns = batch.mask.nonzero(as_tuple=True)  # [N] each: the valid positions
+    for chunk in chunks(pair, len(rows)):
+        at = rows[chunk], columns[chunk]  # n positions: tensor[at] has a row for each
+        student_logits = next_token_logits(pair, pair.student, student_hidden[at])
+        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[at])
+        tokens = batch.responses[at]  # [n]
+        measured = measure_fn(student_logits, teacher_logits, k, tokens)
+        for name, values in measured.items():
+            if values.shape != tokens.shape:
+                raise ValueError(
+                    f"measure_fn must return one number for each position, but {name} "
+                    f"has the shape {list(values.shape)} at {len(tokens)} positions"
+                )
+            if name not in scores:
+                scores[name] = values.new_zeros(batch.mask.shape)  # [B, R]
+            scores[name][at] = values
     return scores, teacher_hidden
 
 
