@@ -68,7 +68,9 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
     """How much do the positions gain that each method would keep? -> {method: mean}
 
     For reading: the program calls `main`. This leaves out the other measures of gain,
-    the intervals, the regression and the page. `train()` trains pair.student in place.
+    the intervals, the regression and the page. train() is a function of yours that
+    trains pair.student in place. (As in training, a response of which nothing is kept
+    gets its best position in addition. `main` keeps exactly a tenth of all.)
     """
     # 1. Contexts: the student's responses, a batch [B, R].
     batch = opd.rollout(pair, prompts, max_new_tokens)
@@ -252,10 +254,12 @@ ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
 class Data(NamedTuple):
     """Columns with a row for each position: each field is {name: [N]}.
 
-    `gains` has those of ALL_GAINS. `z` and `ascending` have the gains and the features,
-    what may explain them: z rescaled to mean 0 and variance 1, `ascending` as ranks, 1
-    for the lowest. `groups` are bool: does the position belong to this group? To
-    groups["teachability", 0.1], say, what teachability would keep with that budget.
+    gains      the names are ALL_GAINS
+    z          the gains, and the features, which may explain them; all rescaled to mean
+               0 and variance 1
+    ascending  the same, but the place of each value among all: 1 for the lowest
+    groups     bool: does the position belong to this group? The names are pairs:
+               ("teachability", 0.1) is what teachability keeps with this budget
     """
 
     gains: dict
@@ -285,19 +289,19 @@ def normalize(values):  # [N] -> [N] in [0, 1]
 def make_features(before, k):  # {name: [N]} -> {name: [N]}
     """What may explain the gain, all from before training. D and C are those of K = k.
 
-    In the names, D and C are the rescaled ones (with a tilde in the README).
+    All but `progress` are rescaled, also those that are called D and C here.
     """
-    H = normalize(before["entropy"])
-    D = normalize(before[f"divergence_{k}"])
-    C = normalize(before[f"compatibility_{k}"])
+    h = normalize(before["entropy"])
+    d = normalize(before[f"divergence_{k}"])
+    c = normalize(before[f"compatibility_{k}"])
     return {
-        "entropy": H,
-        "D": D,
-        "C": C,
-        "entropy * D": H * D,
-        "learnable": D * C,  # the teacher reweights tokens that the student considers
-        "incompatible": D * (1 - C),  # it wants other tokens; the two add up to D
-        "tip": opd.soft_or(H, D),
+        "entropy": h,
+        "D": d,
+        "C": c,
+        "entropy * D": h * d,
+        "learnable": d * c,  # the teacher reweights tokens that the student considers
+        "incompatible": d * (1 - c),  # it wants other tokens; the two add up to d
+        "tip": opd.soft_or(h, d),
         "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
     }
@@ -376,10 +380,10 @@ def make_groups(before, features, k, seed):  # -> {name: [N] bool}
             groups[method, budget] = kept_by(method, before, k, budget, seed)
 
     q3 = sure_yet_in_disagreement(features)
-    groups.update(equal_groups(features["C"], q3, THIRDS))
+    for third, member in equal_groups(features["C"], q3, THIRDS).items():
+        groups["C", third] = member
     for part in ("learnable", "incompatible"):
-        quarters = equal_groups(features[part], q3, QUARTERS)
-        for quarter, member in quarters.items():
+        for quarter, member in equal_groups(features[part], q3, QUARTERS).items():
             groups[part, quarter] = member
     return groups
 
@@ -494,7 +498,7 @@ def compare_thirds(data):
     """Where the student is sure yet disagrees: is more gained where C is larger?"""
     table = {}
     for third in THIRDS:
-        table[third] = mean_gains(data, third, ALL_GAINS)
+        table[third] = mean_gains(data, ("C", third), ALL_GAINS)
     table["most - least"] = {}
     for name in ALL_GAINS:
         most = table["most compatible"][name]
@@ -565,7 +569,8 @@ def bootstrap(make_tables, data, context, count, seed):
 
     Had the student written other responses, a number would have come out a little
     differently. So all are computed again, `count` times, each time from contexts that
-    are drawn from those at hand:
+    are drawn from those at hand. (What make_data has rescaled, ranked and grouped over
+    all positions stays as it is; of its rows, other ones are taken.)
 
       three contexts with the mean gains        .1  .2  .6    mean .30
       three of them, drawn with replacement     .6  .1  .6    mean .43
@@ -609,76 +614,102 @@ def cell_of(value, results):  # a number, and those of the draws -> {name: numbe
 # ======================================================================================
 
 
-KEPT = "Mean gain of the 10% that each method would keep"
-EXPLAINED = "What explains the gain"
-THIRDS_OF_C = "Sure, yet in disagreement (the paper's Q3)"
-LEAK = "If C were measured after training"
-SHARES = "How much of the gain is explained"
-CORRELATIONS = "Rank correlation with the gain"
-KEPT_3 = "Mean gain of the 3% that each method would keep"
-KEPT_5 = "Mean gain of the 5% that each method would keep"
-LEARNABLE = "Sure, yet in disagreement, by quarters of its learnable part"
-INCOMPATIBLE = "Sure, yet in disagreement, by quarters of its incompatible part"
-TOKENS = "What each method would keep at 10%"
-
-
 def main_tables(data):  # -> {title: rows}
     return {
-        KEPT: gain_of_kept(data, 0.1),
-        EXPLAINED: explain(data),
-        THIRDS_OF_C: compare_thirds(data),
+        "Mean gain of the 10% that each method would keep": gain_of_kept(data, 0.1),
+        "What explains the gain": explain(data),
+        "Sure, yet in disagreement (the paper's Q3)": compare_thirds(data),
     }
 
 
 def more_tables(data):  # -> {title: rows}
+    learnable = compare_quarters(data, "learnable")
+    incompatible = compare_quarters(data, "incompatible")
     return {
-        SHARES: explained_shares(data),
-        CORRELATIONS: rank_correlations(data),
-        KEPT_3: gain_of_kept(data, 0.03),
-        KEPT_5: gain_of_kept(data, 0.05),
-        LEARNABLE: compare_quarters(data, "learnable"),
-        INCOMPATIBLE: compare_quarters(data, "incompatible"),
+        "How much of the gain is explained": explained_shares(data),
+        "Rank correlation with the gain": rank_correlations(data),
+        "Mean gain of the 3% that each method would keep": gain_of_kept(data, 0.03),
+        "Mean gain of the 5% that each method would keep": gain_of_kept(data, 0.05),
+        "Sure, yet in disagreement, by quarters of its learnable part": learnable,
+        "Sure, yet in disagreement, by quarters of its incompatible part": incompatible,
     }
 
 
+def leak(found, leaky):  # {title: rows} twice -> rows
+    """Two figures of the main tables, with C of before training and, wrongly, of after.
+
+    Why wrongly? Say the teacher wants a token that the student does not consider: C is
+    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
+    the token stands in the trained student's top K. With C from there, 1, the position
+    counts as learnable: what spoke against the hypothesis now speaks for it.
+    """
+    rows = {}
+    for when, tables in (("before", found), ("after", leaky)):
+        explained = tables["What explains the gain"]
+        thirds = tables["Sure, yet in disagreement (the paper's Q3)"]
+        for name in ALL_GAINS:
+            rows[f"C {when}, {name}"] = {
+                "gap": explained[name]["gap"],
+                "most - least": thirds["most - least"][name],
+            }
+    return rows
+
+
+def kept_tokens(before, k, seed, decode):  # -> rows
+    """The five tokens that each method keeps most often, with their share."""
+    rows = {}
+    for method in opd.METHODS:
+        tokens = before["token"][kept_by(method, before, k, 0.1, seed)]
+        texts = []
+        for token, count in Counter(tokens.tolist()).most_common(5):
+            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
+        rows[method] = {"tokens": ", ".join(texts)}
+    return rows
+
+
 READINGS = {  # what the report says below each title
-    KEPT: """
+    "Mean gain of the 10% that each method would keep": """
     Mean gain of the positions that each method would keep of all contexts together:
     equally many for each, whatever --budget the training had, but for full, which keeps
     all. Where ranks are equal (the top 5 % of entropy, of D and of C are all 1), the
     earlier ones are kept.
     """,
-    EXPLAINED: """
+    "What explains the gain": """
     The slope .3 in the column "learnable" says: where the learnable part of D is one
     standard deviation larger, and the incompatible part and three controls are the
     same, the gain is .3 standard deviations larger. gap = learnable - incompatible. In
     forward_kl, the paper has .086 and .043. The last row is of the share of the forward
-    KL that is gone.
+    KL that is gone. Mind that "all else being equal" may never occur: a slope may be
+    large only because it makes up for another, at positions that gain nothing.
     """,
-    THIRDS_OF_C: """
+    "Sure, yet in disagreement (the paper's Q3)": """
     Of the positions where the student is sure (its entropy is at most the median) and
     yet disagrees (D is at least the median): their mean gain in three equal groups,
     from the lowest C to the highest. In the last row, above 0 says that more is gained
     where the teacher's advice is more compatible, as the paper has it; below 0, less.
     """,
-    LEAK: """
+    "If C were measured after training": """
     Two figures from above (gap, most - least), with C from before training and with C
     from after it. The latter is a leak: by then, what was learned stands in the trained
     student's top K, so C knows what it is asked to predict. Only C from before can
     choose positions.
     """,
-    SHARES: """
+    "How much of the gain is explained": """
     R2, the share of the gain's variance that the regression explains: with D in its two
     parts, and with D and its product with the entropy in their place.
     """,
-    CORRELATIONS: """
+    "Rank correlation with the gain": """
     Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.
     """,
-    KEPT_3: "As with 10%.",
-    KEPT_5: "As with 10%.",
-    LEARNABLE: "From the quarter with the least of it to that with the most.",
-    INCOMPATIBLE: "From the quarter with the least of it to that with the most.",
-    TOKENS: "Its most frequent tokens, and their share.",
+    "Mean gain of the 3% that each method would keep": "As with 10%.",
+    "Mean gain of the 5% that each method would keep": "As with 10%.",
+    "Sure, yet in disagreement, by quarters of its learnable part": """
+    From the quarter with the least of it to that with the most.
+    """,
+    "Sure, yet in disagreement, by quarters of its incompatible part": """
+    From the quarter with the least of it to that with the most.
+    """,
+    "What each method would keep at 10%": "Its most frequent tokens, and their share.",
 }
 
 
@@ -701,48 +732,23 @@ def tables_of_k(k, before, after, gains, args, decode):  # -> a list of tables
         return bootstrap(make_tables, data, context, args.bootstrap, args.seed)
 
     found = with_intervals(main_tables, before)  # {title: rows}
-    name = f"compatibility_{k}"
-    leaky = with_intervals(main_tables, {**before, name: after[name]})
-    found[LEAK] = leak(found, leaky)
+
+    # Once more, wrongly: with C from after training. See `leak`.
+    C = f"compatibility_{k}"
+    before_but_for_C = {**before, C: after[C]}
+    leaky = with_intervals(main_tables, before_but_for_C)
+    found["If C were measured after training"] = leak(found, leaky)
+
     if k == args.top_k:
         found.update(with_intervals(more_tables, before))
-        found[TOKENS] = kept_tokens(before, k, args.seed, decode)
+        tokens = kept_tokens(before, k, args.seed, decode)
+        found["What each method would keep at 10%"] = tokens
 
     tables = []
     for title, rows in found.items():
         reading = " ".join(READINGS[title].split())  # in one line
         tables.append({"title": f"{title}, K={k}", "reading": reading, "rows": rows})
     return tables
-
-
-def leak(found, leaky):  # {title: rows} twice -> rows
-    """Two figures with C of before training and, wrongly, of after it.
-
-    Why wrongly? Say the teacher wants a token that the student does not consider: C is
-    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
-    the token stands in the trained student's top K. With C from there, 1, the position
-    counts as learnable: what spoke against the hypothesis now speaks for it.
-    """
-    rows = {}
-    for when, tables in (("before", found), ("after", leaky)):
-        for name in ALL_GAINS:
-            rows[f"C {when}, {name}"] = {
-                "gap": tables[EXPLAINED][name]["gap"],
-                "most - least": tables[THIRDS_OF_C]["most - least"][name],
-            }
-    return rows
-
-
-def kept_tokens(before, k, seed, decode):  # -> rows
-    """The five tokens that each method keeps most often, with their share."""
-    rows = {}
-    for method in opd.METHODS:
-        tokens = before["token"][kept_by(method, before, k, 0.1, seed)]
-        texts = []
-        for token, count in Counter(tokens.tolist()).most_common(5):
-            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
-        rows[method] = {"tokens": ", ".join(texts)}
-    return rows
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

@@ -14,8 +14,8 @@ One training step:
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
   3. rank     by teachability, D * C. Both are rescaled first, to [0, 1] over the batch
-  4. select   keep the best tenth of the batch's positions (the `budget`). A response
-              of which nothing is kept gets its best position besides
+  4. select   keep the best tenth of the batch's positions (the `budget`); and on top of
+              that, the best position of each response that has none among them
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3 and 4
@@ -93,7 +93,7 @@ def simple_step(
     #   logits   l1  l2  l3  l4  l5      l2 predicts y1, l3 predicts y2, l4 predicts y3
     #                ^^  ^^  ^^          [P - 1 : -1]
     student_logits = student(ids).logits[:, prompt_length - 1 : -1]  # [1, R, V]
-    with torch.no_grad():  # the student's logits keep their graph, for step 5
+    with torch.no_grad():  # D and C choose positions; no gradient goes through them
         teacher_logits = teacher(ids).logits[:, prompt_length - 1 : -1]
         D = divergence(student_logits, teacher_logits, k)  # [1, R]
         C = compatibility(student_logits, teacher_logits, k)
@@ -257,31 +257,31 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     `scores` is what `measure` returns. "random" draws from `generator`, on the CPU.
     ValueError for a method that is unknown, and for "full", which does not rank.
     """
-    # Rescaled to [0, 1] over the batch: in the README, these have a tilde.
-    H = robust_normalize(scores["entropy"], mask)
-    D = robust_normalize(scores["divergence"], mask)
-    C = robust_normalize(scores["compatibility"], mask)
+    # Small letters: rescaled to [0, 1] over the batch. (In the README, with a tilde.)
+    h = robust_normalize(scores["entropy"], mask)
+    d = robust_normalize(scores["divergence"], mask)
+    c = robust_normalize(scores["compatibility"], mask)
 
     # The method of the paper: the learnable part of the disagreement, where the teacher
     # reweights tokens that the student considers. And the paper's variant.
     if method == "teachability":
-        return D * C
+        return d * c
     if method == "teachability_entropy":
-        return soft_or(H, D * C)
+        return soft_or(h, d * c)
 
     # One quantity alone. And the soft or of two, TIP, from arXiv 2604.14084.
     if method == "entropy":
-        return H
+        return h
     if method == "divergence":
-        return D
+        return d
     if method == "tip":
-        return soft_or(H, D)
+        return soft_or(h, d)
     if method == "compatibility":
-        return C
+        return c
 
     # The other part: the teacher wants tokens that the student does not consider.
     if method == "incompatible":
-        return D * (1 - C)
+        return d * (1 - c)
 
     if method == "random":
         return torch.rand(mask.shape, generator=generator).to(mask.device)
@@ -626,9 +626,9 @@ def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
 
     total = 0.0
     for chunk in chunks(pair, len(tokens)):
-        # checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the logits, and
-        # calls loss_of(chunk) once more when backward() needs them. So one chunk's
-        # logits are held at a time. (Nothing is random here: no state to restore.)
+        # torch's checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the
+        # logits, and calls loss_of(chunk) once more when backward() needs them. So one
+        # chunk's logits are held at a time. (Nothing is random: no state to restore.)
         total = total + checkpoint(
             loss_of, chunk, use_reentrant=False, preserve_rng_state=False
         )
@@ -689,6 +689,11 @@ def rank_by(method, scores, mask, generator):  # -> [B, R]
             raise ValueError(
                 "a method must return a number for each position, a tensor "
                 f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+            )
+        if ranks.dtype == torch.bool:
+            raise ValueError(
+                "a method must return numbers to rank by, not True and False: among "
+                "equals, the first positions are kept. Multiply by a rank"
             )
         if ranks[mask].isnan().any():
             raise ValueError("a method must return numbers, and this one returned nan")

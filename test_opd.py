@@ -5284,6 +5284,14 @@ def test_full_with_a_smaller_budget_is_refused(store, capsys):
         opd.parse_args(flags(store, "out", "--select", "full", "--budget", 0.5))
 
 
+def test_a_rule_that_returns_true_and_false_is_refused(run):
+    def unsure(scores, mask):
+        return scores["entropy"] > 1
+
+    with pytest.raises(ValueError, match="numbers to rank by, not True and False"):
+        run("out", method=unsure)
+
+
 def test_a_rule_with_the_name_of_another_is_refused(run):
     def entropy(scores, mask):
         return scores["entropy"]
