@@ -616,23 +616,10 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
 
 
 def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Sum of the losses at n positions, from hidden states [n, E] and tokens [n]."""
-
-    def loss_of(chunk):
-        student_logits = next_token_logits(pair, pair.student, student_hidden[chunk])
-        teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[chunk])
-        losses = token_loss(loss_name, student_logits, teacher_logits, tokens[chunk])
-        return losses.sum()
-
-    total = 0.0
-    for chunk in chunks(pair, len(tokens)):
-        # torch's checkpoint(loss_of, chunk) is loss_of(chunk), but it forgets the
-        # logits, and calls loss_of(chunk) once more when backward() needs them. So one
-        # chunk's logits are held at a time. (Nothing is random: no state to restore.)
-        total = total + checkpoint(
-            loss_of, chunk, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
+    """Of n positions, with their hidden states [n, E] and tokens [n]. -> a number"""
+    student_logits = next_token_logits(pair, pair.student, student_hidden)
+    teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
+    return token_loss(loss_name, student_logits, teacher_logits, tokens).sum()
 
 
 def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size):
@@ -653,10 +640,27 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
         kept = keep[rows]
         if not kept.any():  # only if `keep` is not from `select`
             continue
+        # The layers run on whole responses, the head below on what is kept of them.
         student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
         teacher_kept = teacher_hidden[rows][kept]  # [n, E]
         tokens_kept = batch.responses[rows][kept]  # [n]
-        total = sum_of_losses(pair, loss_name, student_kept, teacher_kept, tokens_kept)
+
+        # The sum of the micro-batch's losses. torch's checkpoint(f, ...) is f(...), but
+        # it forgets what f has computed in between, here the logits, and computes it
+        # once more when backward() needs it. So one chunk's logits are held at a time.
+        total = 0.0
+        for chunk in chunks(pair, len(tokens_kept)):
+            total = total + checkpoint(
+                sum_of_losses,
+                pair,
+                loss_name,
+                student_kept[chunk],
+                teacher_kept[chunk],
+                tokens_kept[chunk],
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in f is random
+            )
+
         # Divided by the count of the whole batch. With a mean for each micro-batch, a
         # position would weigh more where few others were kept.
         loss = total / number_kept
