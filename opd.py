@@ -5,6 +5,13 @@ that the student writes the training text itself; the teacher only scores it, to
 token. Not all that the two disagree about can be learned, so the student trains on the
 most teachable tokens alone ("Not All Disagreement Is Learnable", arXiv 2605.26844).
 
+Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
+are in nats. A position's candidates are the student's top K tokens, the K likeliest.
+Names and formulas are the paper's, except for what the README lists at its end.
+Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
+tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
+padding after an end. N is the number of a batch's valid positions.
+
 One training step:
 
   1. rollout  the student samples a response to each prompt
@@ -22,13 +29,6 @@ The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3
 are the same step as the program takes it, training and evaluation. The second half of
 the file, parts 5 to 7, is for looking things up: models, prompts and files; the demo's
 world; the command line.
-
-Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
-are in nats. A position's candidates are the student's top K tokens, the K likeliest.
-Names and formulas are the paper's, except for what the README lists at its end.
-Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
-tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
-padding after an end. N is the number of a batch's valid positions.
 
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -210,7 +210,7 @@ def measure(student_logits, teacher_logits, k=16, tokens=None):  # -> {name: [..
 
 
 def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
-    """Each value z becomes clip((z - Q05) / (Q95 - Q05), 0, 1).
+    """Each value x becomes clip((x - Q05) / (Q95 - Q05), 0, 1).
 
     Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
 
@@ -257,34 +257,30 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     `scores` is what `measure` returns. "random" draws from `generator`, on the CPU.
     ValueError for a method that is unknown, and for "full", which does not rank.
     """
+    if method == "random":
+        return torch.rand(mask.shape, generator=generator).to(mask.device)
+
     # Small letters: rescaled to [0, 1] over the batch. (In the README, with a tilde.)
-    h = robust_normalize(scores["entropy"], mask)
     d = robust_normalize(scores["divergence"], mask)
     c = robust_normalize(scores["compatibility"], mask)
-
-    # The method of the paper: the learnable part of the disagreement, where the teacher
-    # reweights tokens that the student considers. And the paper's variant.
-    if method == "teachability":
-        return d * c
-    if method == "teachability_entropy":
-        return soft_or(h, d * c)
-
-    # One quantity alone. And the soft or of two, TIP, from arXiv 2604.14084.
-    if method == "entropy":
-        return h
     if method == "divergence":
         return d
-    if method == "tip":
-        return soft_or(h, d)
     if method == "compatibility":
         return c
-
-    # The other part: the teacher wants tokens that the student does not consider.
+    # d has two parts. Learnable: the teacher reweights what the student considers.
+    if method == "teachability":  # the paper's method
+        return d * c
+    # Incompatible: the teacher wants other tokens.
     if method == "incompatible":
         return d * (1 - c)
 
-    if method == "random":
-        return torch.rand(mask.shape, generator=generator).to(mask.device)
+    h = robust_normalize(scores["entropy"], mask)
+    if method == "entropy":
+        return h
+    if method == "teachability_entropy":  # the paper's variant
+        return soft_or(h, d * c)
+    if method == "tip":  # from arXiv 2604.14084
+        return soft_or(h, d)
     raise ValueError(f"{method!r} does not rank; choose from {', '.join(METHODS[1:])}")
 
 
@@ -400,16 +396,6 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
 
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
 # -- rollout ---------------------------------------------------------------------------
 
 
@@ -426,35 +412,6 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
         ids.append([PADDING] * missing + prompt)
         attention.append([0] * missing + [1] * len(prompt))
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
-
-
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, except those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
 
 
 @torch.no_grad()
@@ -601,11 +558,7 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
         tokens = batch.responses[at]  # [n]
         measured = measure_fn(student_logits, teacher_logits, k, tokens)
         for name, values in measured.items():
-            if values.shape != tokens.shape:
-                raise ValueError(
-                    f"measure_fn must return one number for each position, but {name} "
-                    f"has the shape {list(values.shape)} at {len(tokens)} positions"
-                )
+            check_shape(name, values, tokens)
             if name not in scores:
                 scores[name] = values.new_zeros(batch.mask.shape)  # [B, R]
             scores[name][at] = values
@@ -616,7 +569,10 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
 
 
 def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
-    """Of n positions, with their hidden states [n, E] and tokens [n]. -> a number"""
+    """Of n positions, with their hidden states [n, E] and tokens [n]. -> a number
+
+    No gradient is lost on the teacher: it is frozen, and its hidden states have none.
+    """
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
     return token_loss(loss_name, student_logits, teacher_logits, tokens).sum()
@@ -680,33 +636,6 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 # -- the step --------------------------------------------------------------------------
 
 
-def rank_by(method, scores, mask, generator):  # -> [B, R]
-    """`rank`, or a function of your own: method(scores, mask).
-
-    ValueError if that returns what cannot be used.
-    """
-    if not callable(method):
-        ranks = rank(method, scores, mask, generator)
-    else:
-        ranks = torch.as_tensor(method(scores, mask))
-        if ranks.shape != mask.shape:
-            raise ValueError(
-                "a method must return a number for each position, a tensor "
-                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
-            )
-        if ranks.dtype == torch.bool:
-            raise ValueError(
-                "a method must return numbers to rank by, not True and False: among "
-                "equals, the first positions are kept. Multiply by a rank"
-            )
-        if ranks[mask].isnan().any():
-            raise ValueError("a method must return numbers, and this one returned nan")
-
-    if ranks[mask].min() == ranks[mask].max():
-        warn("all positions rank alike, so the first ones are kept")
-    return ranks
-
-
 def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
     means = {}
     for name, values in scores.items():
@@ -764,6 +693,7 @@ def train_step(
 
         # 4. Select.
         keep = select(ranks, batch.mask, budget)  # [B, R] bool
+        warn_of_ties(ranks, batch.mask, keep)
 
     # 5. Update: the student reads once more, now with a gradient. The teacher does not:
     #    its hidden states of step 2 are used again.
@@ -779,7 +709,7 @@ def train_step(
     }
 
 
-# -- checks of what is handed to a step. May be skipped ------------------------------
+# -- checks of what a step is given. May be skipped -----------------------------------
 
 
 def length_limit(pair):  # -> tokens of prompt and response together
@@ -805,10 +735,54 @@ def check_prompts(pair, prompts, max_new_tokens):
             raise ValueError(f"the models take {limit} tokens, with the prompt")
 
 
+def check_shape(name, values, tokens):  # for a measure_fn of your own
+    if values.shape != tokens.shape:
+        raise ValueError(
+            f"measure_fn must return one number for each position, but {name} "
+            f"has the shape {list(values.shape)} at {len(tokens)} positions"
+        )
+
+
 def check_scores(scores):  # for a measure_fn of your own
     for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
         if name not in scores:
             raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
+
+
+def rank_by(method, scores, mask, generator):  # -> [B, R]
+    """`rank`, or a function of your own: method(scores, mask).
+
+    ValueError if that returns what cannot be used.
+    """
+    if not callable(method):
+        ranks = rank(method, scores, mask, generator)
+    else:
+        ranks = torch.as_tensor(method(scores, mask))
+        if ranks.shape != mask.shape:
+            raise ValueError(
+                "a method must return a number for each position, a tensor "
+                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+            )
+        if ranks.dtype == torch.bool:
+            raise ValueError(
+                "a method must return numbers to rank by, not True and False: among "
+                "equals, the first positions are kept. Multiply by a rank"
+            )
+        if ranks[mask].isnan().any():
+            raise ValueError("a method must return numbers, and this one returned nan")
+    return ranks
+
+
+def warn_of_ties(ranks, mask, keep):  # [B, R] each
+    """A warning if many positions are kept only because they come first."""
+    lowest = (ranks == ranks[mask].min()) & mask
+    kept_lowest = (lowest & keep).sum().item()
+    one_each = len(mask)  # `select` keeps one of each response whatever its rank
+    if lowest[mask].all() or lowest.sum() > kept_lowest > one_each:
+        warn(
+            f"{kept_lowest} of {keep.sum().item()} kept positions have the lowest rank "
+            "of all: among equals, the first are kept"
+        )
 
 
 # ======================================================================================
@@ -1021,6 +995,45 @@ def describe(error):  # in one line, with its type unless the text is our own
 
 
 # -- models ----------------------------------------------------------------------------
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def never_sampled(pair):  # -> token ids
+    """The student's outputs that its teacher lacks, except those that end a response.
+
+    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
+    drawn even there: `rollout` writes it down as the end that both models know.
+    """
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    return [token for token in beyond if token not in pair.end_ids]
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer

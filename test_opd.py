@@ -2136,10 +2136,30 @@ def test_ranks_that_are_all_alike_get_a_warning(run, capsys):
         return torch.ones_like(scores["entropy"])
 
     run("out", "--steps", 1, method=my_rule)
-    says = "warning: all positions rank alike, so the first ones are kept"
-    assert says in capsys.readouterr().err
+    says = r"warning: (\d+) of \1 kept positions have the lowest rank of all: among"
+    assert re.search(says, capsys.readouterr().err)
     run("full", "--steps", 1, "--select", "full")
     assert "warning" not in capsys.readouterr().err
+
+
+def test_positions_that_are_kept_though_they_rank_lowest_get_a_warning(capsys):
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 6:] = False
+    ranks = torch.zeros(2, 8)
+    ranks[0, 2] = ranks[1, 3] = 1.0
+    for budget, warned in ((0.5, "5 of 7"), (0.1, ""), (1, "")):
+        keep = opd.select(ranks, mask, budget)  # of 14: 7, 2 and all
+        opd.warn_of_ties(ranks, mask, keep)
+        printed = capsys.readouterr().err
+        assert warned in printed
+        assert bool(warned) == ("lowest rank" in printed)
+
+    # That one of each response is kept is no reason for a warning.
+    ranks[1] = 0
+    keep = opd.select(ranks, mask, 0.01)
+    assert places(keep) == {(0, 2), (1, 0)}
+    opd.warn_of_ties(ranks, mask, keep)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("prompt", ["text", torch.tensor([5, 6]), [], ["w5"]])
@@ -4190,6 +4210,14 @@ def test_what_is_kept_is_that_of_a_plain_recomputation(planted, planted_tables):
         for token, count in counts.most_common(5):
             texts.append(f"'t{token}' {count / len(best):.0%}")
         assert tokens[method] == {"tokens": ", ".join(texts)}
+
+    for k in (8, 32):  # with another K, by its D and C
+        plain = Recomputed(at_k(before, k), at_k(after, k))
+        best = sorted(range(n), key=lambda i: -np.float32(plain.d[i] * plain.c[i]))
+        expected = [np.mean(gain[best[:180]]) for gain in gains.values()]
+        title = kept_at("10%").replace("K=16", f"K={k}")
+        found = planted_tables[title]["teachability"]
+        assert values(found) == pytest.approx(expected, abs=1e-6)
 
 
 def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tables):
