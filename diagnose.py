@@ -254,18 +254,15 @@ ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
 class Data(NamedTuple):
     """Columns with a row for each position: each field is {name: [N]}.
 
-    gains      the names are ALL_GAINS
-    z          the gains, and the features, which may explain them; all rescaled to mean
-               0 and variance 1
-    ascending  the same, but the place of each value among all: 1 for the lowest
-    groups     bool: does the position belong to this group? The names are pairs:
-               ("teachability", 0.1) is what teachability keeps with this budget
+    The last three are bool columns, which say to which groups a position belongs.
     """
 
-    gains: dict
-    z: dict
-    ascending: dict
-    groups: dict
+    gains: dict  # the names are ALL_GAINS
+    z: dict  # gains and features, rescaled to mean 0 and variance 1
+    ascending: dict  # gains and features, as places in ascending order, from 1
+    kept: dict  # what each method would keep: kept["teachability", 0.1], with 10 %
+    thirds: dict  # of some positions, by C: see `make_thirds`
+    quarters: dict  # of the same, by the parts of D: quarters["learnable", "highest"]
 
 
 def relative_gain(before, gains):  # -> [N]
@@ -287,18 +284,18 @@ def normalize(values):  # [N] -> [N] in [0, 1]
 
 
 def make_features(before, k):  # {name: [N]} -> {name: [N]}
-    """What may explain the gain, all from before training. D and C are those of K = k.
+    """What may explain the gain, all from before training, with the D and C of K = k.
 
-    All but `progress` are rescaled, also those that are called D and C here.
+    All are rescaled to [0, 1], or made of what is.
     """
     h = normalize(before["entropy"])
     d = normalize(before[f"divergence_{k}"])
     c = normalize(before[f"compatibility_{k}"])
     return {
         "entropy": h,
-        "D": d,
-        "C": c,
-        "entropy * D": h * d,
+        "divergence": d,
+        "compatibility": c,
+        "entropy * divergence": h * d,
         "learnable": d * c,  # the teacher reweights tokens that the student considers
         "incompatible": d * (1 - c),  # it wants other tokens; the two add up to d
         "tip": opd.soft_or(h, d),
@@ -347,9 +344,9 @@ def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
 
     (Two medians make four quadrants. The paper numbers this one Q3.)
     """
-    sure = features["entropy"] <= np.median(features["entropy"])
-    in_disagreement = features["D"] >= np.median(features["D"])
-    return sure & in_disagreement
+    h = features["entropy"]
+    d = features["divergence"]
+    return (h <= np.median(h)) & (d >= np.median(d))
 
 
 def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
@@ -372,20 +369,27 @@ THIRDS = ("least compatible", "middle", "most compatible")
 QUARTERS = ("lowest quarter", "second", "third", "highest")
 
 
-def make_groups(before, features, k, seed):  # -> {name: [N] bool}
-    """The groups of positions whose mean gains are compared."""
-    groups = {}
+def make_kept(before, k, seed):  # -> {(method, budget): [N] bool}
+    kept = {}
     for budget in BUDGETS:
         for method in opd.METHODS:
-            groups[method, budget] = kept_by(method, before, k, budget, seed)
+            kept[method, budget] = kept_by(method, before, k, budget, seed)
+    return kept
 
-    q3 = sure_yet_in_disagreement(features)
-    for third, member in equal_groups(features["C"], q3, THIRDS).items():
-        groups["C", third] = member
+
+def make_thirds(features):  # -> {third: [N] bool}
+    inside = sure_yet_in_disagreement(features)
+    return equal_groups(features["compatibility"], inside, THIRDS)
+
+
+def make_quarters(features):  # -> {(part, quarter): [N] bool}
+    inside = sure_yet_in_disagreement(features)
+    quarters = {}
     for part in ("learnable", "incompatible"):
-        for quarter, member in equal_groups(features[part], q3, QUARTERS).items():
-            groups[part, quarter] = member
-    return groups
+        of_part = equal_groups(features[part], inside, QUARTERS)
+        for quarter in QUARTERS:
+            quarters[part, quarter] = of_part[quarter]
+    return quarters
 
 
 def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
@@ -404,8 +408,14 @@ def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
     for name, values in {**features, **gains}.items():
         z[name] = zscore(values)
         ascending[name] = ascending_ranks(values)
-    groups = make_groups(before, features, k, seed)
-    return Data(gains, z, ascending, groups)
+    return Data(
+        gains,
+        z,
+        ascending,
+        kept=make_kept(before, k, seed),
+        thirds=make_thirds(features),
+        quarters=make_quarters(features),
+    )
 
 
 # ======================================================================================
@@ -413,12 +423,12 @@ def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
 # ======================================================================================
 
 
-def mean_gains(data, group, names=MEASURES):  # -> {name of the gain: mean}
+def mean_gains(data, group, names=MEASURES):  # [n] bool -> {name of the gain: mean}
     """The mean gains of a group's members; nan if it has none."""
-    members = np.flatnonzero(data.groups[group])
+    members = np.flatnonzero(group)
     means = {}
     for name in names:
-        values = data.gains[name].take(members)
+        values = data.gains[name].take(members)  # twice as fast as [group]
         means[name] = values.mean() if len(values) else np.nan
     return means
 
@@ -427,7 +437,7 @@ def gain_of_kept(data, budget):
     """How much do the positions gain that each method would keep?"""
     table = {}
     for method in opd.METHODS:
-        table[method] = mean_gains(data, (method, budget))
+        table[method] = mean_gains(data, data.kept[method, budget])
     return table
 
 
@@ -478,7 +488,13 @@ def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
 
 # The paper's baseline: D as a whole, also in product with the entropy. If that explains
 # as much, the split is worth nothing.
-UNSPLIT = ("D", "entropy * D", "entropy", "progress", "teacher_entropy")
+UNSPLIT = (
+    "divergence",
+    "entropy * divergence",
+    "entropy",
+    "progress",
+    "teacher_entropy",
+)
 
 
 def explained_shares(data):
@@ -487,18 +503,15 @@ def explained_shares(data):
     unsplit = r_squared(data.z, UNSPLIT, ALL_GAINS)
     table = {}
     for name in ALL_GAINS:
-        table[name] = {
-            "learnable, incompatible": split[name],
-            "D, entropy * D": unsplit[name],
-        }
+        table[name] = {"split": split[name], "unsplit": unsplit[name]}
     return table
 
 
 def compare_thirds(data):
-    """Where the student is sure yet disagrees: is more gained where C is larger?"""
+    """Where the student is sure yet disagrees: does a larger C gain more?"""
     table = {}
     for third in THIRDS:
-        table[third] = mean_gains(data, ("C", third), ALL_GAINS)
+        table[third] = mean_gains(data, data.thirds[third], ALL_GAINS)
     table["most - least"] = {}
     for name in ALL_GAINS:
         most = table["most compatible"][name]
@@ -507,10 +520,10 @@ def compare_thirds(data):
 
 
 def compare_quarters(data, part):
-    """Where the student is sure yet disagrees: is more gained where a part of D is?"""
+    """Where the student is sure yet disagrees: does more of this part gain more?"""
     table = {}
     for quarter in QUARTERS:
-        table[quarter] = mean_gains(data, (part, quarter))
+        table[quarter] = mean_gains(data, data.quarters[part, quarter])
     return table
 
 
@@ -526,7 +539,7 @@ def rank_correlations(data):
     """What orders the positions as their gains do? (Spearman's: of the ranks.)"""
     table = {}
     ranks = data.ascending
-    for feature in ("D", "learnable", "incompatible", "entropy", "tip"):
+    for feature in ("divergence", "learnable", "incompatible", "entropy", "tip"):
         table[feature] = {}
         for name in MEASURES:
             table[feature][name] = correlation(ranks[feature], ranks[name])
@@ -580,7 +593,7 @@ def bootstrap(make_tables, data, context, count, seed):
     The middle 95 % of the means are the interval. Contexts are drawn, not positions:
     those of one response resemble each other, so that would be too narrow.
 
-    make_tables(data) -> {title: {row: {column: number}}}. In what is returned, a cell
+    make_tables(data) -> {table: {row: {column: number}}}. In what is returned, a cell
     is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
     """
     whole = make_tables(data)
@@ -589,13 +602,13 @@ def bootstrap(make_tables, data, context, count, seed):
         others.append(make_tables(at_positions(data, positions)))
 
     tables = {}
-    for title, rows in whole.items():
-        tables[title] = {}
+    for table, rows in whole.items():
+        tables[table] = {}
         for row, columns in rows.items():
-            tables[title][row] = {}
+            tables[table][row] = {}
             for column, value in columns.items():
-                results = [other[title][row][column] for other in others]
-                tables[title][row][column] = cell_of(value, results)
+                results = [other[table][row][column] for other in others]
+                tables[table][row][column] = cell_of(value, results)
     return tables
 
 
@@ -614,28 +627,26 @@ def cell_of(value, results):  # a number, and those of the draws -> {name: numbe
 # ======================================================================================
 
 
-def main_tables(data):  # -> {title: rows}
+def main_tables(data):  # -> {name of the table: rows}
     return {
-        "Mean gain of the 10% that each method would keep": gain_of_kept(data, 0.1),
-        "What explains the gain": explain(data),
-        "Sure, yet in disagreement (the paper's Q3)": compare_thirds(data),
+        "kept": gain_of_kept(data, 0.1),
+        "explained": explain(data),
+        "thirds": compare_thirds(data),
     }
 
 
-def more_tables(data):  # -> {title: rows}
-    learnable = compare_quarters(data, "learnable")
-    incompatible = compare_quarters(data, "incompatible")
+def more_tables(data):  # -> {name of the table: rows}
     return {
-        "How much of the gain is explained": explained_shares(data),
-        "Rank correlation with the gain": rank_correlations(data),
-        "Mean gain of the 3% that each method would keep": gain_of_kept(data, 0.03),
-        "Mean gain of the 5% that each method would keep": gain_of_kept(data, 0.05),
-        "Sure, yet in disagreement, by quarters of its learnable part": learnable,
-        "Sure, yet in disagreement, by quarters of its incompatible part": incompatible,
+        "shares": explained_shares(data),
+        "correlations": rank_correlations(data),
+        "kept at 3%": gain_of_kept(data, 0.03),
+        "kept at 5%": gain_of_kept(data, 0.05),
+        "learnable": compare_quarters(data, "learnable"),
+        "incompatible": compare_quarters(data, "incompatible"),
     }
 
 
-def leak(found, leaky):  # {title: rows} twice -> rows
+def leak(tables, leaky):  # {name of the table: rows} twice -> rows
     """Two figures of the main tables, with C of before training and, wrongly, of after.
 
     Why wrongly? Say the teacher wants a token that the student does not consider: C is
@@ -644,13 +655,11 @@ def leak(found, leaky):  # {title: rows} twice -> rows
     counts as learnable: what spoke against the hypothesis now speaks for it.
     """
     rows = {}
-    for when, tables in (("before", found), ("after", leaky)):
-        explained = tables["What explains the gain"]
-        thirds = tables["Sure, yet in disagreement (the paper's Q3)"]
+    for when, found in (("before", tables), ("after", leaky)):
         for name in ALL_GAINS:
             rows[f"C {when}, {name}"] = {
-                "gap": explained[name]["gap"],
-                "most - least": thirds["most - least"][name],
+                "gap": found["explained"][name]["gap"],
+                "most - least": found["thirds"]["most - least"][name],
             }
     return rows
 
@@ -667,49 +676,62 @@ def kept_tokens(before, k, seed, decode):  # -> rows
     return rows
 
 
-READINGS = {  # what the report says below each title
-    "Mean gain of the 10% that each method would keep": """
-    Mean gain of the positions that each method would keep of all contexts together:
-    equally many for each, whatever --budget the training had, but for full, which keeps
-    all. Where ranks are equal (the top 5 % of entropy, of D and of C are all 1), the
-    earlier ones are kept.
-    """,
-    "What explains the gain": """
-    The slope .3 in the column "learnable" says: where the learnable part of D is one
-    standard deviation larger, and the incompatible part and three controls are the
-    same, the gain is .3 standard deviations larger. gap = learnable - incompatible. In
-    forward_kl, the paper has .086 and .043. The last row is of the share of the forward
-    KL that is gone. Mind that "all else being equal" may never occur: a slope may be
-    large only because it makes up for another, at positions that gain nothing.
-    """,
-    "Sure, yet in disagreement (the paper's Q3)": """
-    Of the positions where the student is sure (its entropy is at most the median) and
-    yet disagrees (D is at least the median): their mean gain in three equal groups,
-    from the lowest C to the highest. In the last row, above 0 says that more is gained
-    where the teacher's advice is more compatible, as the paper has it; below 0, less.
-    """,
-    "If C were measured after training": """
-    Two figures from above (gap, most - least), with C from before training and with C
-    from after it. The latter is a leak: by then, what was learned stands in the trained
-    student's top K, so C knows what it is asked to predict. Only C from before can
-    choose positions.
-    """,
-    "How much of the gain is explained": """
-    R2, the share of the gain's variance that the regression explains: with D in its two
-    parts, and with D and its product with the entropy in their place.
-    """,
-    "Rank correlation with the gain": """
-    Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.
-    """,
-    "Mean gain of the 3% that each method would keep": "As with 10%.",
-    "Mean gain of the 5% that each method would keep": "As with 10%.",
-    "Sure, yet in disagreement, by quarters of its learnable part": """
-    From the quarter with the least of it to that with the most.
-    """,
-    "Sure, yet in disagreement, by quarters of its incompatible part": """
-    From the quarter with the least of it to that with the most.
-    """,
-    "What each method would keep at 10%": "Its most frequent tokens, and their share.",
+CAPTIONS = {  # of each table: its title, and how to read it
+    "kept": (
+        "Mean gain of the 10% that each method would keep",
+        """Mean gain of the positions that each method would keep of all contexts
+        together: equally many for each, whatever --budget the training had, but for
+        full, which keeps all. Where ranks are equal (the top 5 % of entropy, of D and
+        of C are all 1), the earlier ones are kept.""",
+    ),
+    "explained": (
+        "What explains the gain",
+        """The slope .3 in the column "learnable" says: where the learnable part of D is
+        one standard deviation larger, and the incompatible part and three controls are
+        the same, the gain is .3 standard deviations larger. gap = learnable -
+        incompatible. In forward_kl, the paper has .086 and .043. The last row is of the
+        share of the forward KL that is gone. Mind that a slope may be large only
+        because it makes up for another, at positions that gain nothing.""",
+    ),
+    "thirds": (
+        "Sure, yet in disagreement (the paper's Q3)",
+        """Of the positions where the student is sure (its entropy is at most the
+        median) and yet disagrees (D is at least the median): their mean gain in three
+        equal groups, from the lowest C to the highest. In the last row, above 0 says
+        that more is gained where the teacher's advice is more compatible, as the paper
+        has it; below 0, less.""",
+    ),
+    "leak": (
+        "If C were measured after training",
+        """Two figures from above (gap, most - least), with C from before training and
+        with C from after it. The latter is a leak: by then, what was learned stands in
+        the trained student's top K, so C knows what it is asked to predict. Only C from
+        before can choose positions.""",
+    ),
+    "shares": (
+        "How much of the gain is explained",
+        """R2, the share of the gain's variance that the regression explains: with D
+        split into its two parts; and unsplit, with D and its product with the entropy
+        in their place.""",
+    ),
+    "correlations": (
+        "Rank correlation with the gain",
+        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
+    ),
+    "kept at 3%": ("Mean gain of the 3% that each method would keep", "As with 10%."),
+    "kept at 5%": ("Mean gain of the 5% that each method would keep", "As with 10%."),
+    "learnable": (
+        "Sure, yet in disagreement, by quarters of its learnable part",
+        "From the quarter with the least of it to that with the most.",
+    ),
+    "incompatible": (
+        "Sure, yet in disagreement, by quarters of its incompatible part",
+        "From the quarter with the least of it to that with the most.",
+    ),
+    "tokens": (
+        "What each method would keep at 10%",
+        "Its most frequent tokens, and their share.",
+    ),
 }
 
 
@@ -731,24 +753,24 @@ def tables_of_k(k, before, after, gains, args, decode):  # -> a list of tables
         context = before["context"]
         return bootstrap(make_tables, data, context, args.bootstrap, args.seed)
 
-    found = with_intervals(main_tables, before)  # {title: rows}
+    tables = with_intervals(main_tables, before)
 
-    # Once more, wrongly: with C from after training. See `leak`.
+    # Once more, wrongly: with C from after training.
     C = f"compatibility_{k}"
-    before_but_for_C = {**before, C: after[C]}
-    leaky = with_intervals(main_tables, before_but_for_C)
-    found["If C were measured after training"] = leak(found, leaky)
+    leaky = with_intervals(main_tables, {**before, C: after[C]})
+    tables["leak"] = leak(tables, leaky)
 
     if k == args.top_k:
-        found.update(with_intervals(more_tables, before))
-        tokens = kept_tokens(before, k, args.seed, decode)
-        found["What each method would keep at 10%"] = tokens
+        tables.update(with_intervals(more_tables, before))
+        tables["tokens"] = kept_tokens(before, k, args.seed, decode)
 
-    tables = []
-    for title, rows in found.items():
-        reading = " ".join(READINGS[title].split())  # in one line
-        tables.append({"title": f"{title}, K={k}", "reading": reading, "rows": rows})
-    return tables
+    with_captions = []
+    for name, rows in tables.items():
+        title, reading = CAPTIONS[name]
+        reading = " ".join(reading.split())  # in one line
+        table = {"title": f"{title}, K={k}", "reading": reading, "rows": rows}
+        with_captions.append(table)
+    return with_captions
 
 
 def what_was_measured(held_out_count, before, after, args):  # -> text

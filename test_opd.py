@@ -3704,10 +3704,14 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
     return found
 
 
+def data_of(gains, **kept):  # with groups {name: bool} for columns of `kept`
+    return diagnose.Data(gains, z={}, ascending={}, kept=kept, thirds={}, quarters={})
+
+
 def bootstrapped(table_of, context, count, seed):  # -> the rows of one table
     """diagnose.bootstrap with a function of positions in place of one of data."""
     columns = {"position": np.arange(len(context))}
-    data = diagnose.Data(gains=columns, z={}, ascending={}, groups={})
+    data = data_of(columns)
 
     def make_tables(data):
         return {"title": table_of(data.gains["position"])}
@@ -3847,10 +3851,6 @@ def test_the_correlation_with_a_constant_is_zero():
     assert diagnose.correlation(np.ones(5), np.arange(5)) == 0
 
 
-def data_of(gains, groups):
-    return diagnose.Data(gains, z={}, ascending={}, groups=groups)
-
-
 def test_mean_gains_are_those_worked_out_by_hand():
     gains = {
         "forward_kl": np.array([1.0, 2.0, 3.0, 10.0, 50.0]),
@@ -3862,24 +3862,26 @@ def test_mean_gains_are_those_worked_out_by_hand():
         "some": np.array([True, False, True, False, True]),
         "none": np.zeros(5, dtype=bool),
     }
-    data = diagnose.at_positions(data_of(gains, groups), np.array([0, 1, 2, 3]))
-    found = diagnose.mean_gains(data, "all")
+    data = diagnose.at_positions(data_of(gains, **groups), np.array([0, 1, 2, 3]))
+    found = diagnose.mean_gains(data, data.kept["all"])
     assert found == {"forward_kl": 4, "reverse_kl": 5.25, "overlap": 0}
-    assert diagnose.mean_gains(data, "some", ["reverse_kl"]) == {"reverse_kl": 7.5}
-    assert np.isnan(list(diagnose.mean_gains(data, "none").values())).all()
+    found = diagnose.mean_gains(data, data.kept["some"], ["reverse_kl"])
+    assert found == {"reverse_kl": 7.5}
+    found = diagnose.mean_gains(data, data.kept["none"])
+    assert np.isnan(list(found.values())).all()
     # A position that was drawn twice counts twice.
-    twice = diagnose.at_positions(data_of(gains, groups), np.array([0, 3, 3]))
-    assert diagnose.mean_gains(twice, "all")["forward_kl"] == 7
+    twice = diagnose.at_positions(data_of(gains, **groups), np.array([0, 3, 3]))
+    assert diagnose.mean_gains(twice, twice.kept["all"])["forward_kl"] == 7
 
 
 def test_a_draw_without_members_has_no_mean_gain_and_does_not_count():
     gains = {name: np.array([1.0, 2.0, 7.0]) for name in MEASURES}
-    data = data_of(gains, {"group": np.array([True, True, False])})
+    data = data_of(gains, group=np.array([True, True, False]))
     context = np.array([0, 0, 1])
     assert any(0 not in at for at in drawn(context, 50, seed=0))
 
     def make_tables(data):
-        return {"title": {"row": diagnose.mean_gains(data, "group")}}
+        return {"title": {"row": diagnose.mean_gains(data, data.kept["group"])}}
 
     found = diagnose.bootstrap(make_tables, data, context, 50, seed=0)
     expected = {"value": 1.5, "low": 1.5, "high": 1.5}
@@ -4109,7 +4111,7 @@ def test_the_explained_shares_are_those_of_a_plain_recomputation(
     for name, outcome in outcomes.items():
         _, split = slopes_by_lstsq(plain.split(plain.c), outcome)
         _, unsplit = slopes_by_lstsq(plain.unsplit(), outcome)
-        assert list(shares[name]) == ["learnable, incompatible", "D, entropy * D"]
+        assert list(shares[name]) == ["split", "unsplit"]
         assert values(shares[name]) == pytest.approx([split, unsplit], abs=1e-5)
 
 
@@ -4162,7 +4164,7 @@ def test_rank_correlations_are_those_of_a_plain_recomputation(planted, planted_t
     before, after, gains, _ = planted
     plain = Recomputed(at_k(before, 16), at_k(after, 16))
     orders = {
-        "D": plain.d,
+        "divergence": plain.d,
         "learnable": plain.d * plain.c,
         "incompatible": plain.d * (1 - plain.c),
         "entropy": plain.h,
@@ -4254,7 +4256,7 @@ def test_every_interval_is_that_of_its_figure_in_the_draws(planted, planted_tabl
     leaked = tables[f"{LEAKED} K=16"]["C before, overlap"]
     for cell, figures in (
         (tables[f"{EXPLAINED} K=16"]["overlap"]["gap"], gaps),
-        (tables[SHARES]["overlap"]["learnable, incompatible"], shares),
+        (tables[SHARES]["overlap"]["split"], shares),
         (tables[THIRDS[16]]["most - least"]["overlap"], contrasts),
         (leaked["gap"], gaps),
         (leaked["most - least"], contrasts),
