@@ -5332,8 +5332,8 @@ def test_a_rule_with_the_name_of_another_is_refused(run):
 
 def commands_of_the_readme():  # -> [(program, its flags)], with variables replaced
     text = README.replace("\\\n", " ")
-    for name, value in re.findall(r'^ *(\w+)="(.+)"$', text, re.M):
-        text = text.replace(f"${name}", value)
+    for name, value in re.findall(r"^ *(\w+)=\((.+)\)$", text, re.M):
+        text = text.replace(f'"${{{name}[@]}}"', value)
     return re.findall(r"(?:python|bash) (\S+\.(?:py|sh))([^`|&;>#\n]*)", text)
 
 
