@@ -69,8 +69,7 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
 
     For reading: the program calls `main`. This leaves out the other measures of gain,
     the intervals, the regression and the page. train() is a function of yours that
-    trains pair.student in place. (As in training, a response of which nothing is kept
-    gets its best position in addition. `main` keeps exactly a tenth of all.)
+    trains pair.student in place.
     """
     # 1. Contexts: the student's responses, a batch [B, R].
     batch = opd.rollout(pair, prompts, max_new_tokens)
@@ -86,11 +85,17 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
 
     # 5. The gain: by how much did KL(student || teacher) fall at each position?
     gain = before["reverse_kl"] - after["reverse_kl"]  # [B, R], in nats
-    means = {"full": gain[batch.mask].mean().item()}
-    for method in opd.METHODS[1:]:
-        ranks = opd.rank(method, before, batch.mask)  # from before training alone
-        keep = opd.select(ranks, batch.mask, budget)
-        means[method] = gain[keep].mean().item()
+    gain = gain[batch.mask]  # [N], without padding
+
+    # What would each method keep? All positions stand in one row, as if they were one
+    # response: `select` keeps at least one of each, and now that is none in addition.
+    one_row = {name: values[batch.mask][None] for name, values in before.items()}
+    everywhere = torch.ones(1, len(gain), dtype=torch.bool)
+    means = {"full": gain.mean().item()}
+    for method in opd.METHODS[1:]:  # those that rank
+        ranks = opd.rank(method, one_row, everywhere)  # [1, N], from before training
+        keep = opd.select(ranks, everywhere, budget)
+        means[method] = gain[keep[0]].mean().item()
     return means
 
 
@@ -155,12 +160,13 @@ def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     What opd.measure does, but D and C for each K of `ks`; and more. The five likeliest
     tokens of either model are for the page.
     """
-    measured = {}
+    measured = opd.measure(student_logits, teacher_logits, ks[0], tokens)
+    del measured["divergence"], measured["compatibility"]  # here they are, for all K:
     for k in ks:
-        scores = opd.measure(student_logits, teacher_logits, k, tokens)
-        measured[f"divergence_{k}"] = scores.pop("divergence")
-        measured[f"compatibility_{k}"] = scores.pop("compatibility")
-        measured.update(scores)  # the others are the same for every K
+        D = opd.divergence(student_logits, teacher_logits, k)
+        C = opd.compatibility(student_logits, teacher_logits, k)
+        measured[f"divergence_{k}"] = D
+        measured[f"compatibility_{k}"] = C
     measured["token"] = tokens
     measured["forward_kl"] = opd.forward_kl(student_logits, teacher_logits)
     measured["overlap"] = overlap(student_logits, teacher_logits)
@@ -191,7 +197,7 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
     """
 
     def measure_fn(student_logits, teacher_logits, k, tokens):
-        # In place of one k all of them, so that the models read the text only once.
+        # Not one K but all, so that the models read the text only once.
         return measure_chunk(student_logits, teacher_logits, args.ks, tokens)
 
     parts = defaultdict(list)
@@ -241,28 +247,14 @@ def gains_of(before, after):  # -> {measure: [N]}
 # ======================================================================================
 # 3. What the tables are made from
 #
-#    The report compares positions: which gain most? For that, all that is known about a
-#    position stands in one row of columns, a `Data`. They are made once, here. The
+#    The report compares positions: which gain most? So all that is known about them is
+#    put in columns, with a row for each position: `Data`, at the end of this part. The
 #    tables of part 4 are made from its rows; and part 5 draws rows by chance and makes
 #    the tables again, to see how much their numbers change.
 # ======================================================================================
 
 MEASURES = ("forward_kl", "reverse_kl", "overlap")  # of the gain
 ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
-
-
-class Data(NamedTuple):
-    """Columns with a row for each position: each field is {name: [N]}.
-
-    The last three are bool columns, which say to which groups a position belongs.
-    """
-
-    gains: dict  # the names are ALL_GAINS
-    z: dict  # gains and features, rescaled to mean 0 and variance 1
-    ascending: dict  # gains and features, as places in ascending order, from 1
-    kept: dict  # what each method would keep: kept["teachability", 0.1], with 10 %
-    thirds: dict  # of some positions, by C: see `make_thirds`
-    quarters: dict  # of the same, by the parts of D: quarters["learnable", "highest"]
 
 
 def relative_gain(before, gains):  # -> [N]
@@ -392,6 +384,20 @@ def make_quarters(features):  # -> {(part, quarter): [N] bool}
     return quarters
 
 
+class Data(NamedTuple):
+    """Columns with a row for each position: each field is {name: [N]}.
+
+    The last three are bool columns, which say to which groups a position belongs.
+    """
+
+    gains: dict  # the names are ALL_GAINS. For the tables of means
+    z: dict  # gains and features, rescaled to mean 0, variance 1. For the regressions
+    ascending: dict  # gains and features, as ranks from 1. For the rank correlations
+    kept: dict  # kept["teachability", 0.1]: would this method keep it, with 10 %?
+    thirds: dict  # thirds["middle"]: is it in this third?
+    quarters: dict  # quarters["learnable", "highest"]: is it in this quarter?
+
+
 def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
     """InputError for a feature that is the same everywhere: it can explain nothing."""
     gains = {**gains, "relative": relative_gain(before, gains)}
@@ -428,7 +434,7 @@ def mean_gains(data, group, names=MEASURES):  # [n] bool -> {name of the gain: m
     members = np.flatnonzero(group)
     means = {}
     for name in names:
-        values = data.gains[name].take(members)  # twice as fast as [group]
+        values = data.gains[name][members]
         means[name] = values.mean() if len(values) else np.nan
     return means
 
@@ -441,10 +447,16 @@ def gain_of_kept(data, budget):
     return table
 
 
-def least_squares(z, regressors, outcomes):  # {name: [n]}, names, names
+# What the gain is predicted from: the two parts of D, which are in question, and three
+# controls, as in the paper. (An unsure student, say, or an early position may gain more
+# whatever the teacher wants, and the two parts must not get the credit for that.)
+REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+
+
+def least_squares(z, regressors, outcomes):  # -> {outcome: {regressor: slope}}
     """Each outcome is nearly intercept + the sum of slope * regressor: which slopes?
 
-    Returns {outcome: {regressor: slope}}.
+    z is {name: [n]}; regressors and outcomes are names in it.
     """
     ones = np.ones_like(z[outcomes[0]])
     X = np.column_stack([ones] + [z[name] for name in regressors])  # [n, 1 + ...]
@@ -455,12 +467,6 @@ def least_squares(z, regressors, outcomes):  # {name: [n]}, names, names
     for i, name in enumerate(outcomes):
         slopes[name] = dict(zip(regressors, solution[1:, i]))  # without the intercept
     return slopes
-
-
-# What the gain is predicted from: the two parts of D, which are in question, and three
-# controls, as in the paper. (An unsure student, say, or an early position may gain more
-# whatever the teacher wants, and the two parts must not get the credit for that.)
-REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
 
 
 def explain(data):
@@ -582,8 +588,7 @@ def bootstrap(make_tables, data, context, count, seed):
 
     Had the student written other responses, a number would have come out a little
     differently. So all are computed again, `count` times, each time from contexts that
-    are drawn from those at hand. (What make_data has rescaled, ranked and grouped over
-    all positions stays as it is; of its rows, other ones are taken.)
+    are drawn from those at hand:
 
       three contexts with the mean gains        .1  .2  .6    mean .30
       three of them, drawn with replacement     .6  .1  .6    mean .43
@@ -591,7 +596,8 @@ def bootstrap(make_tables, data, context, count, seed):
       ...
 
     The middle 95 % of the means are the interval. Contexts are drawn, not positions:
-    those of one response resemble each other, so that would be too narrow.
+    those of one response resemble each other, so that would be too narrow. What
+    make_data found over all positions (scales, ranks, groups) is not found anew.
 
     make_tables(data) -> {table: {row: {column: number}}}. In what is returned, a cell
     is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
@@ -676,65 +682,6 @@ def kept_tokens(before, k, seed, decode):  # -> rows
     return rows
 
 
-CAPTIONS = {  # of each table: its title, and how to read it
-    "kept": (
-        "Mean gain of the 10% that each method would keep",
-        """Mean gain of the positions that each method would keep of all contexts
-        together: equally many for each, whatever --budget the training had, but for
-        full, which keeps all. Where ranks are equal (the top 5 % of entropy, of D and
-        of C are all 1), the earlier ones are kept.""",
-    ),
-    "explained": (
-        "What explains the gain",
-        """The slope .3 in the column "learnable" says: where the learnable part of D is
-        one standard deviation larger, and the incompatible part and three controls are
-        the same, the gain is .3 standard deviations larger. gap = learnable -
-        incompatible. In forward_kl, the paper has .086 and .043. The last row is of the
-        share of the forward KL that is gone. Mind that a slope may be large only
-        because it makes up for another, at positions that gain nothing.""",
-    ),
-    "thirds": (
-        "Sure, yet in disagreement (the paper's Q3)",
-        """Of the positions where the student is sure (its entropy is at most the
-        median) and yet disagrees (D is at least the median): their mean gain in three
-        equal groups, from the lowest C to the highest. In the last row, above 0 says
-        that more is gained where the teacher's advice is more compatible, as the paper
-        has it; below 0, less.""",
-    ),
-    "leak": (
-        "If C were measured after training",
-        """Two figures from above (gap, most - least), with C from before training and
-        with C from after it. The latter is a leak: by then, what was learned stands in
-        the trained student's top K, so C knows what it is asked to predict. Only C from
-        before can choose positions.""",
-    ),
-    "shares": (
-        "How much of the gain is explained",
-        """R2, the share of the gain's variance that the regression explains: with D
-        split into its two parts; and unsplit, with D and its product with the entropy
-        in their place.""",
-    ),
-    "correlations": (
-        "Rank correlation with the gain",
-        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-    ),
-    "kept at 3%": ("Mean gain of the 3% that each method would keep", "As with 10%."),
-    "kept at 5%": ("Mean gain of the 5% that each method would keep", "As with 10%."),
-    "learnable": (
-        "Sure, yet in disagreement, by quarters of its learnable part",
-        "From the quarter with the least of it to that with the most.",
-    ),
-    "incompatible": (
-        "Sure, yet in disagreement, by quarters of its incompatible part",
-        "From the quarter with the least of it to that with the most.",
-    ),
-    "tokens": (
-        "What each method would keep at 10%",
-        "Its most frequent tokens, and their share.",
-    ),
-}
-
-
 def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
     """Everything that the report says in numbers, as it is written to report.json."""
     gains = gains_of(before, after)
@@ -755,9 +702,10 @@ def tables_of_k(k, before, after, gains, args, decode):  # -> a list of tables
 
     tables = with_intervals(main_tables, before)
 
-    # Once more, wrongly: with C from after training.
-    C = f"compatibility_{k}"
-    leaky = with_intervals(main_tables, {**before, C: after[C]})
+    # Once more, but wrongly with C from after training.
+    name = f"compatibility_{k}"
+    before_but_for_C = {**before, name: after[name]}
+    leaky = with_intervals(main_tables, before_but_for_C)
     tables["leak"] = leak(tables, leaky)
 
     if k == args.top_k:
@@ -878,7 +826,70 @@ def report(pair, prompts, held_out_count, before, after, args, out):
 
 
 # ======================================================================================
-# 7. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 7. What stands above and below each table
+# ======================================================================================
+
+CAPTIONS = {  # of each table: its title, and how to read it
+    "kept": (
+        "Mean gain of the 10% that each method would keep",
+        """Mean gain of the positions that each method would keep of all contexts
+        together: equally many for each, whatever --budget the training had, but for
+        full, which keeps all. Where ranks are equal (the top 5 % of entropy, of D and
+        of C are all 1), the earlier ones are kept.""",
+    ),
+    "explained": (
+        "What explains the gain",
+        """The slope .3 in the column "learnable" says: where the learnable part of D is
+        one standard deviation larger, and the incompatible part and three controls are
+        the same, the gain is .3 standard deviations larger. gap = learnable -
+        incompatible. In forward_kl, the paper has .086 and .043. The last row is of the
+        share of the forward KL that is gone. Mind that a slope may be large only
+        because it makes up for another, at positions that gain nothing.""",
+    ),
+    "thirds": (
+        "Sure, yet in disagreement (the paper's Q3)",
+        """Of the positions where the student is sure (its entropy is at most the
+        median) and yet disagrees (D is at least the median): their mean gain in three
+        equal groups, from the lowest C to the highest. In the last row, above 0 says
+        that more is gained where the teacher's advice is more compatible, as the paper
+        has it; below 0, less.""",
+    ),
+    "leak": (
+        "If C were measured after training",
+        """Two figures from above (gap, most - least), with C from before training and
+        with C from after it. The latter is a leak: by then, what was learned stands in
+        the trained student's top K, so C knows what it is asked to predict. Only C from
+        before can choose positions.""",
+    ),
+    "shares": (
+        "How much of the gain is explained",
+        """R2, the share of the gain's variance that the regression explains: with D
+        split into its two parts; and unsplit, with D and its product with the entropy
+        in their place.""",
+    ),
+    "correlations": (
+        "Rank correlation with the gain",
+        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
+    ),
+    "kept at 3%": ("Mean gain of the 3% that each method would keep", "As with 10%."),
+    "kept at 5%": ("Mean gain of the 5% that each method would keep", "As with 10%."),
+    "learnable": (
+        "Sure, yet in disagreement, by quarters of its learnable part",
+        "From the quarter with the least of it to that with the most.",
+    ),
+    "incompatible": (
+        "Sure, yet in disagreement, by quarters of its incompatible part",
+        "From the quarter with the least of it to that with the most.",
+    ),
+    "tokens": (
+        "What each method would keep at 10%",
+        "Its most frequent tokens, and their share.",
+    ),
+}
+
+
+# ======================================================================================
+# 8. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -1013,7 +1024,7 @@ token, or tap it.</p>
 
 
 # ======================================================================================
-# 8. The command line
+# 9. The command line
 # ======================================================================================
 
 

@@ -359,8 +359,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #
 #      pass             gradient   layers, on whole responses   logits
 #      student writes   no         all at once                  of the newest token
-#      student reads    no         in micro-batches             of all positions
-#      teacher reads    no         in micro-batches             of all positions
+#      student reads    no         in micro-batches             of the valid positions
+#      teacher reads    no         in micro-batches             of the valid positions
 #      student learns   yes        in micro-batches             of the kept positions
 #
 #    (In `simple_step`, the second and the last are one.) In the last one, the teacher's
@@ -549,10 +549,13 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
     student_hidden = read_in_micro_batches(pair.student, batch, micro_batch_size)
     teacher_hidden = read_in_micro_batches(pair.teacher, batch, micro_batch_size)
 
+    # The valid positions. For the mask [[1, 1, 0], [1, 0, 0]], the rows are 0 0 1 and
+    # the columns 0 1 0, [N] each. So hidden[rows, columns] is [N, E].
+    rows, columns = batch.mask.nonzero(as_tuple=True)
+
     scores = {}
-    rows, columns = batch.mask.nonzero(as_tuple=True)  # [N] each: the valid positions
     for chunk in chunks(pair, len(rows)):
-        at = rows[chunk], columns[chunk]  # n positions: tensor[at] has a row for each
+        at = rows[chunk], columns[chunk]  # n of them
         student_logits = next_token_logits(pair, pair.student, student_hidden[at])
         teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden[at])
         tokens = batch.responses[at]  # [n]
@@ -571,7 +574,7 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
 def sum_of_losses(pair, loss_name, student_hidden, teacher_hidden, tokens):
     """Of n positions, with their hidden states [n, E] and tokens [n]. -> a number
 
-    No gradient is lost on the teacher: it is frozen, and its hidden states have none.
+    For the teacher, no gradient is computed: it is frozen.
     """
     student_logits = next_token_logits(pair, pair.student, student_hidden)
     teacher_logits = next_token_logits(pair, pair.teacher, teacher_hidden)
@@ -707,82 +710,6 @@ def train_step(
         "rollout_seconds": rollout_seconds,
         "gradient_norm": norm,
     }
-
-
-# -- checks of what a step is given. May be skipped -----------------------------------
-
-
-def length_limit(pair):  # -> tokens of prompt and response together
-    limit = math.inf
-    for model in (pair.student, pair.teacher):
-        config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            length = getattr(config, name, None)
-            if length and length > 0:
-                limit = min(limit, length)
-    return limit
-
-
-def check_prompts(pair, prompts, max_new_tokens):
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
-            )
-        limit = length_limit(pair)
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(f"the models take {limit} tokens, with the prompt")
-
-
-def check_shape(name, values, tokens):  # for a measure_fn of your own
-    if values.shape != tokens.shape:
-        raise ValueError(
-            f"measure_fn must return one number for each position, but {name} "
-            f"has the shape {list(values.shape)} at {len(tokens)} positions"
-        )
-
-
-def check_scores(scores):  # for a measure_fn of your own
-    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
-        if name not in scores:
-            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
-
-
-def rank_by(method, scores, mask, generator):  # -> [B, R]
-    """`rank`, or a function of your own: method(scores, mask).
-
-    ValueError if that returns what cannot be used.
-    """
-    if not callable(method):
-        ranks = rank(method, scores, mask, generator)
-    else:
-        ranks = torch.as_tensor(method(scores, mask))
-        if ranks.shape != mask.shape:
-            raise ValueError(
-                "a method must return a number for each position, a tensor "
-                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
-            )
-        if ranks.dtype == torch.bool:
-            raise ValueError(
-                "a method must return numbers to rank by, not True and False: among "
-                "equals, the first positions are kept. Multiply by a rank"
-            )
-        if ranks[mask].isnan().any():
-            raise ValueError("a method must return numbers, and this one returned nan")
-    return ranks
-
-
-def warn_of_ties(ranks, mask, keep):  # [B, R] each
-    """A warning if many positions are kept only because they come first."""
-    lowest = (ranks == ranks[mask].min()) & mask
-    kept_lowest = (lowest & keep).sum().item()
-    one_each = len(mask)  # `select` keeps one of each response whatever its rank
-    if lowest[mask].all() or lowest.sum() > kept_lowest > one_each:
-        warn(
-            f"{kept_lowest} of {keep.sum().item()} kept positions have the lowest rank "
-            "of all: among equals, the first are kept"
-        )
 
 
 # ======================================================================================
@@ -937,6 +864,86 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 class InputError(ValueError):
     """What was given cannot be used: a flag, a file, a model. The text says why."""
+
+
+# -- checks of what a step is given ----------------------------------------------------
+
+
+def length_limit(pair):  # -> tokens of prompt and response together
+    limit = math.inf
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            length = getattr(config, name, None)
+            if length and length > 0:
+                limit = min(limit, length)
+    return limit
+
+
+def check_prompts(pair, prompts, max_new_tokens):
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
+            )
+        limit = length_limit(pair)
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(f"the models take {limit} tokens, with the prompt")
+
+
+def check_shape(name, values, tokens):  # for a measure_fn of your own
+    if values.shape != tokens.shape:
+        raise ValueError(
+            f"measure_fn must return one number for each position, but {name} "
+            f"has the shape {list(values.shape)} at {len(tokens)} positions"
+        )
+
+
+def check_scores(scores):  # for a measure_fn of your own
+    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
+
+
+def rank_by(method, scores, mask, generator):  # -> [B, R]
+    """`rank`, or a function of your own: method(scores, mask).
+
+    ValueError if that returns what cannot be used.
+    """
+    if not callable(method):
+        ranks = rank(method, scores, mask, generator)
+    else:
+        ranks = torch.as_tensor(method(scores, mask))
+        if ranks.shape != mask.shape:
+            raise ValueError(
+                "a method must return a number for each position, a tensor "
+                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+            )
+        if ranks.dtype == torch.bool:
+            raise ValueError(
+                "a method must return numbers to rank by, not True and False: among "
+                "equals, the first positions are kept. Multiply by a rank"
+            )
+        if ranks[mask].isnan().any():
+            raise ValueError("a method must return numbers, and this one returned nan")
+    return ranks
+
+
+def warn_of_ties(ranks, mask, keep):  # [B, R] each
+    """A warning if many positions are kept only because they come first."""
+    lowest = (ranks == ranks[mask].min()) & mask
+    number = lowest.sum().item()
+    number_kept = (lowest & keep).sum().item()
+    all_are_alike = number == mask.sum().item()
+    some_are_left_out = number_kept < number
+    # `select` keeps one of each response in any case.
+    more_than_one_each = number_kept > len(mask)
+    if all_are_alike or (some_are_left_out and more_than_one_each):
+        warn(
+            f"{number_kept} of {keep.sum().item()} kept positions have the lowest rank "
+            "of all: among equals, the first are kept"
+        )
 
 
 # -- what the terminal shows -----------------------------------------------------------

@@ -4426,7 +4426,7 @@ def test_the_simple_diagnosis_finds_the_gains_of_whole_models(store):
         pair.student.load_state_dict(other.state_dict())
 
     torch.manual_seed(4)
-    found = diagnose.simple_diagnosis(pair, prompts, train, 2, 0.4, max_new_tokens=9)
+    found = diagnose.simple_diagnosis(pair, prompts, train, 2, 0.05, max_new_tokens=9)
     torch.manual_seed(4)
     batch = opd.rollout(before, prompts, 9)
     scores = scores_of(before, batch, 2, 3)
@@ -4437,13 +4437,15 @@ def test_the_simple_diagnosis_finds_the_gains_of_whole_models(store):
             p0_t, p1_t, q_t = map(softmax, logits_of)
             gains[row, t] = kl(p0_t, q_t) - kl(p1_t, q_t)
     assert set(found) == set(opd.METHODS)
-    assert found["full"] == pytest.approx(np.mean(list(gains.values())), abs=1e-4)
+    assert found["full"] == pytest.approx(np.mean(list(gains.values())), abs=1e-5)
     for method in ("teachability", "entropy"):
-        keep = opd.select(opd.rank(method, scores, batch.mask), batch.mask, 0.4)
-        kept = [gains[place] for place in places(keep)]
-        assert 0 < len(kept) < len(gains)
-        assert found[method] == pytest.approx(np.mean(kept), abs=1e-4)
-    assert abs(found["teachability"] - found["full"]) > 1e-3
+        ranks = opd.rank(method, scores, batch.mask).tolist()
+        best_first = sorted(gains, key=lambda place: -ranks[place[0]][place[1]])
+        number = math.ceil(len(gains) / 20)
+        assert number < 3  # so that not each of the three responses keeps one
+        kept = [gains[place] for place in best_first[:number]]
+        assert found[method] == pytest.approx(np.mean(kept), abs=1e-5)
+    assert abs(found["teachability"] - found["full"]) > 2e-4
 
 
 def test_a_real_diagnosis_reports_everything_with_intervals(measured):
