@@ -90,7 +90,7 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
     # What would each method keep? All positions stand in one row, as if they were one
     # response: `select` keeps at least one of each, and now that is none in addition.
     one_row = {name: values[batch.mask][None] for name, values in before.items()}
-    everywhere = torch.ones(1, len(gain), dtype=torch.bool)
+    everywhere = torch.ones_like(one_row["entropy"], dtype=torch.bool)  # [1, N]
     means = {"full": gain.mean().item()}
     for method in opd.METHODS[1:]:  # those that rank
         ranks = opd.rank(method, one_row, everywhere)  # [1, N], from before training
@@ -161,7 +161,7 @@ def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     tokens of either model are for the page.
     """
     measured = opd.measure(student_logits, teacher_logits, ks[0], tokens)
-    del measured["divergence"], measured["compatibility"]  # here they are, for all K:
+    del measured["divergence"], measured["compatibility"]  # of one K; now for all
     for k in ks:
         D = opd.divergence(student_logits, teacher_logits, k)
         C = opd.compatibility(student_logits, teacher_logits, k)
