@@ -157,16 +157,16 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     """All that is measured at n positions, in nats except for overlap and C.
 
-    What opd.measure does, but D and C for each K of `ks`; and more. The five likeliest
-    tokens of either model are for the page.
+    First what opd.measure measures, with D and C for each K of `ks`. The five likeliest
+    tokens of either model, at the end, are for the page.
     """
-    measured = opd.measure(student_logits, teacher_logits, ks[0], tokens)
-    del measured["divergence"], measured["compatibility"]  # of one K; now for all
+    measured = {}
     for k in ks:
-        D = opd.divergence(student_logits, teacher_logits, k)
-        C = opd.compatibility(student_logits, teacher_logits, k)
-        measured[f"divergence_{k}"] = D
-        measured[f"compatibility_{k}"] = C
+        scores = opd.measure(student_logits, teacher_logits, k, tokens)
+        for name, values in scores.items():
+            if name in ("divergence", "compatibility"):
+                name = f"{name}_{k}"
+            measured[name] = values  # the others are the same for each K
     measured["token"] = tokens
     measured["forward_kl"] = opd.forward_kl(student_logits, teacher_logits)
     measured["overlap"] = overlap(student_logits, teacher_logits)

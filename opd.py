@@ -119,7 +119,7 @@ def simple_step(
 #    For example, from the logits [B, R, V] of two models to the most teachable tenth:
 #
 #      scores = measure(student_logits, teacher_logits)
-#      mask = torch.ones(student_logits.shape[:-1]).bool()  # no padding
+#      mask = torch.ones_like(scores["divergence"]).bool()  # no padding
 #      keep = select(rank("teachability", scores, mask), mask, budget=0.1)
 # ======================================================================================
 
@@ -267,10 +267,11 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
         return d
     if method == "compatibility":
         return c
-    # d has two parts. Learnable: the teacher reweights what the student considers.
-    if method == "teachability":  # the paper's method
+
+    # d has two parts. The first is learnable, where the teacher reweights tokens that
+    # the student considers: the paper's method. In the other it wants other tokens.
+    if method == "teachability":
         return d * c
-    # Incompatible: the teacher wants other tokens.
     if method == "incompatible":
         return d * (1 - c)
 
@@ -914,7 +915,13 @@ def rank_by(method, scores, mask, generator):  # -> [B, R]
     if not callable(method):
         ranks = rank(method, scores, mask, generator)
     else:
-        ranks = torch.as_tensor(method(scores, mask))
+        try:
+            ranks = torch.as_tensor(method(scores, mask))
+        except KeyError as error:
+            raise ValueError(
+                f"a method failed with KeyError {error}; measured are "
+                f"{', '.join(scores)}. Is a measure_fn missing?"
+            ) from error
         if ranks.shape != mask.shape:
             raise ValueError(
                 "a method must return a number for each position, a tensor "

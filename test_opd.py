@@ -5324,6 +5324,14 @@ def test_a_rule_that_returns_true_and_false_is_refused(run):
         run("out", method=unsure)
 
 
+def test_a_rule_that_asks_for_what_is_not_measured_is_told_so(run):
+    def sure(scores, mask):
+        return -scores["teacher_entropy"]
+
+    with pytest.raises(ValueError, match="KeyError 'teacher_entropy'; measured are"):
+        run("out", method=sure)
+
+
 def test_a_rule_with_the_name_of_another_is_refused(run):
     def entropy(scores, mask):
         return scores["entropy"]
