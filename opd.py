@@ -396,6 +396,10 @@ class Rollout(NamedTuple):
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came before an end
 
+    @property
+    def prompt_length(self):  # P
+        return self.ids.shape[1] - self.responses.shape[1]
+
 
 # -- rollout ---------------------------------------------------------------------------
 
@@ -489,8 +493,8 @@ def hidden_states(model, batch, rows=slice(None)):  # -> [rows, R, E]
         )
     hidden = output.last_hidden_state  # [rows, P + R, E]
 
-    prompt_length = batch.ids.shape[1] - batch.responses.shape[1]  # P
-    return hidden[:, prompt_length - 1 : -1]  # one place early, as in `simple_step`
+    # One place before the response begins, as in `simple_step`.
+    return hidden[:, batch.prompt_length - 1 : -1]
 
 
 @torch.no_grad()
