@@ -121,6 +121,8 @@ def simple_step(
 #      scores = measure(student_logits, teacher_logits)
 #      mask = torch.ones_like(scores["divergence"]).bool()  # no padding
 #      keep = select(rank("teachability", scores, mask), mask, budget=0.1)
+#
+#    (K is 16 here. It must be smaller than V, or all ranks are 0: see `compatibility`.)
 # ======================================================================================
 
 
@@ -184,8 +186,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
 
-    # If all tokens are candidates, C is 1. Exactly 1: rounding errors would be rescaled
-    # to [0, 1], as if they were a difference.
+    # If all tokens are candidates, C is 1, and there is nothing to choose by. (Exactly
+    # 1: rounding errors would be rescaled to [0, 1], as if they were a difference.)
     if k == student_logits.shape[-1]:
         return torch.ones_like(student_logits[..., 0], dtype=torch.float)
 
@@ -214,8 +216,8 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
     Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
 
-    Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie. No
-    gradient goes through it.
+    Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie, and
+    `select` keeps the first. No gradient goes through it.
     """
     mask = mask.bool()  # ones and zeros, as an index, would pick rows 1 and 0
     values = values.detach().float()
@@ -394,7 +396,7 @@ class Rollout(NamedTuple):
     attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
-    truncated: torch.Tensor  # [B] bool, the length limit came before an end
+    truncated: torch.Tensor  # [B] bool, the length limit came first. For the log alone
 
     @property
     def prompt_length(self):  # P
