@@ -157,9 +157,9 @@ def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
-    U is the union of the student's and the teacher's top K tokens. On it, p and q are
-    renormalised, so that each sums to one there. It is a forward KL, as D asks what the
-    teacher wants; the loss asks what the student says. ValueError for k < 1.
+    U is the union of S and T, the student's and the teacher's top K tokens. On it, p
+    and q are renormalised, so that each sums to one there. It is a forward KL, as D asks
+    what the teacher wants; the loss asks what the student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -351,26 +351,13 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 
 
 # ======================================================================================
-# 3. The same step for a batch, as the program takes it. `train_step`, at the end, puts
-#    together what comes before it: rollout, score, update.
+# 3. The same step for a batch, as the program takes it: rollout, score and update, and
+#    `train_step`, which puts them together.
 #
-#    Logits are huge: V numbers for each position. They are made from hidden states,
-#    which are small: a model's layers give one for each position, and its output head
-#    makes logits of it. So the layers run for a micro-batch of responses at a time, and
-#    the head for a chunk of positions at a time, whose logits are used and forgotten.
-#    Four passes make a step:
-#
-#      pass             gradient   layers, on whole responses   logits
-#      student writes   no         all at once                  of the newest token
-#      student reads    no         in micro-batches             of the valid positions
-#      teacher reads    no         in micro-batches             of the valid positions
-#      student learns   yes        in micro-batches             of the kept positions
-#
-#    (In `simple_step`, the second and the last are one.) In the last one, the teacher's
-#    layers do not run again: from the hidden states that they gave in the third, its
-#    head makes the logits of the kept positions anew.
-#
-#    More letters for shapes: E hidden units; n positions, some of a batch's N.
+#    Logits are huge: V numbers for each position. They are made from hidden states of E
+#    numbers: a model's layers give one for each position, and its output head makes
+#    logits of it. So the layers run for a micro-batch of responses at a time, and the
+#    head for a chunk of n positions at a time, whose logits are used and forgotten.
 # ======================================================================================
 
 
@@ -664,6 +651,19 @@ def summarize(scores, batch, keep):  # -> {name: number}, for the log
     for name, mean in means_of(scores, keep).items():
         summary[f"kept_{name}"] = mean
     return summary
+
+
+# Four passes make a step:
+#
+#   pass             gradient   layers, on whole responses   logits
+#   student writes   no         all at once                  of the newest token
+#   student reads    no         in micro-batches             of the valid positions
+#   teacher reads    no         in micro-batches             of the valid positions
+#   student learns   yes        in micro-batches             of the kept positions
+#
+# In the last one, the teacher's layers do not run again: its head makes the logits of
+# the kept positions anew, from the hidden states of the third. (In `simple_step`, the
+# second pass and the last are one.)
 
 
 def train_step(
