@@ -157,9 +157,9 @@ def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
-    U is the union of S and T, the student's and the teacher's top K tokens. On it, p
-    and q are renormalised, so that each sums to one there. It is a forward KL, as D asks
-    what the teacher wants; the loss asks what the student says. ValueError for k < 1.
+    U is the union of S and T, the student's and the teacher's top K tokens. There, p
+    and q are renormalised, so that each sums to one. It is a forward KL, as D asks what
+    the teacher wants; the loss asks what the student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
