@@ -1816,6 +1816,16 @@ def test_an_end_beyond_the_shared_vocabulary_is_sampled_as_it_is_scored(
     assert drawn[:, [V, V + 1, V + 8]].max() == 0
 
 
+def test_an_end_beyond_both_models_is_none(tmp_path, capsys):
+    # As in a small GPT-2 whose config has the default end, 50256.
+    student = model_of("qwen3", 1, vocab=V + 9)
+    student.generation_config.eos_token_id = [V + 8, V + 9]
+    student = put(tmp_path / "student", student)
+    pair = opd.load_pair(student, put(tmp_path / "teacher", model_of("qwen3", 2)))
+    assert pair.end_ids == [0, V + 8]
+    assert capsys.readouterr().err.count("warning: no token") == 0
+
+
 def test_an_end_beyond_the_shared_vocabulary_is_no_obstacle(tmp_path):
     # The student ends with V + 3, a row that its teacher does not have.
     student = model_of("qwen3", 1, scale=8.0, vocab=V + 9)
