@@ -27,8 +27,8 @@ One training step:
 
 The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3 and 4
 are the same step as the program takes it, training and evaluation. The second half of
-the file, parts 5 to 7, is for looking things up: models, prompts and files; the demo's
-world; the command line.
+the file, parts 5 to 7, is for looking things up: checks, models, prompts and files; the
+demo's world; the command line.
 
 Left out on purpose: several GPUs, LoRA, inference servers.
 """
@@ -863,9 +863,9 @@ def evaluate(pair, examples, args):  # -> {name: mean}
 
 
 # ======================================================================================
-# 5. Here the method ends. What follows is to be looked up, not read: models, prompts,
-#    answers, files. Bad input raises InputError, which the command line turns into one
-#    clear line.
+# 5. Here the method ends. What follows is to be looked up, not read: checks, models,
+#    prompts, answers, files. Bad input raises InputError, which the command line turns
+#    into one clear line.
 # ======================================================================================
 
 
