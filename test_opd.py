@@ -2446,6 +2446,13 @@ def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
     assert steps[0] + steps[1] != list(range(3, 11))  # shuffled
 
 
+def test_the_prompts_of_a_step_come_in_the_shuffled_order_and_begin_again():
+    examples = [{"prompt": [i]} for i in range(5)]
+    order = [3, 0, 4, 1, 2]
+    found = [opd.prompts_of_step(examples, order, step, 3) for step in range(3)]
+    assert found == [[[3], [0], [4]], [[1], [2], [3]], [[0], [4], [1]]]
+
+
 def test_a_prompt_that_the_file_repeats_among_the_held_out_is_not_trained_on(
     run, tmp_path, monkeypatch, capsys
 ):
