@@ -64,12 +64,14 @@ import opd
 # ======================================================================================
 
 
-def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256):
+def simple_diagnosis(
+    pair, prompts, train_student, k=16, budget=0.1, max_new_tokens=256
+):
     """How much do the positions gain that each method would keep? -> {method: mean}
 
     For reading: the program calls `main`. This leaves out the other measures of gain,
-    the intervals, the regression and the page. train() is a function of yours that
-    trains pair.student in place.
+    the intervals, the regression and the page. train_student() is a function of yours
+    that trains pair.student in place.
     """
     # 1. Contexts: the student's responses, a batch [B, R].
     batch = opd.rollout(pair, prompts, max_new_tokens)
@@ -78,7 +80,7 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
     before, _ = opd.score(pair, batch, k)
 
     # 3. Train.
-    train()
+    train_student()
 
     # 4. Measure the same responses again.
     after, _ = opd.score(pair, batch, k)
@@ -87,16 +89,27 @@ def simple_diagnosis(pair, prompts, train, k=16, budget=0.1, max_new_tokens=256)
     gain = before["reverse_kl"] - after["reverse_kl"]  # [B, R], in nats
     gain = gain[batch.mask]  # [N], without padding
 
-    # What would each method keep? All positions stand in one row, as if they were one
-    # response: `select` keeps at least one of each, and now that is none in addition.
-    one_row = {name: values[batch.mask][None] for name, values in before.items()}
-    everywhere = torch.ones_like(one_row["entropy"], dtype=torch.bool)  # [1, N]
-    means = {"full": gain.mean().item()}
-    for method in opd.METHODS[1:]:  # those that rank
-        ranks = opd.rank(method, one_row, everywhere)  # [1, N], from before training
-        keep = opd.select(ranks, everywhere, budget)
-        means[method] = gain[keep[0]].mean().item()
+    # What would each method keep, going by what was measured before training?
+    in_a_row = {name: values[batch.mask] for name, values in before.items()}  # [N] each
+    means = {}
+    for method in opd.METHODS:
+        keep = kept_by(method, in_a_row, budget)  # [N] bool
+        means[method] = gain[keep].mean().item()
     return means
+
+
+def kept_by(method, scores, budget, generator=None):  # {name: [N]} -> [N] bool
+    """What a method would keep of the positions of all contexts together.
+
+    They stand in one row, as if they were one response. So `opd.select` keeps no more
+    than the budget: the position that each response gets in any case is in it here.
+    """
+    one_row = {name: torch.as_tensor(values)[None] for name, values in scores.items()}
+    mask = torch.ones_like(one_row["entropy"], dtype=torch.bool)  # [1, N]
+    if method == "full":
+        return mask[0]
+    ranks = opd.rank(method, one_row, mask, generator)
+    return opd.select(ranks, mask, budget)[0]
 
 
 def main(args):
@@ -158,15 +171,16 @@ def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     """All that is measured at n positions, in nats except for overlap and C.
 
     First what opd.measure measures, with D and C for each K of `ks`. The five likeliest
-    tokens of either model, at the end, are for the page.
+    tokens of either model, at the end, are for the page: `opd.score` takes one number
+    for each position, so each of the ten has a name of its own.
     """
-    measured = {}
+    measured = opd.measure(student_logits, teacher_logits, ks[0], tokens)
+    del measured["divergence"], measured["compatibility"]  # here, one for each K:
     for k in ks:
-        scores = opd.measure(student_logits, teacher_logits, k, tokens)
-        for name, values in scores.items():
-            if name in ("divergence", "compatibility"):
-                name = f"{name}_{k}"
-            measured[name] = values  # the others are the same for each K
+        D = opd.divergence(student_logits, teacher_logits, k)
+        C = opd.compatibility(student_logits, teacher_logits, k)
+        measured[f"divergence_{k}"] = D
+        measured[f"compatibility_{k}"] = C
     measured["token"] = tokens
     measured["forward_kl"] = opd.forward_kl(student_logits, teacher_logits)
     measured["overlap"] = overlap(student_logits, teacher_logits)
@@ -195,16 +209,13 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 
     The N positions come context by context, left to right.
     """
-
-    def measure_fn(student_logits, teacher_logits, k, tokens):
-        # Not one K but all, so that the models read the text only once.
-        return measure_chunk(student_logits, teacher_logits, args.ks, tokens)
-
     parts = defaultdict(list)
     first_context = 0  # of the batch
     for batch in tqdm(batches, "scoring contexts", disable=None):
-        size = args.micro_batch_size
-        scores, _ = opd.score(pair, batch, micro_batch_size=size, measure_fn=measure_fn)
+        # All K at once, so that the models read the text only once.
+        scores, _ = opd.score(
+            pair, batch, args.ks, args.micro_batch_size, measure_fn=measure_chunk
+        )
         response, progress = locate(batch.mask)
         scores["context"] = first_context + response
         scores["progress"] = progress
@@ -221,18 +232,56 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
     return measured
 
 
-def load_trained(pair, args):  # -> Pair with the student of --after
-    """Step 3 for a student trained earlier. InputError if it does not fit --student."""
-    student, tokenizer = opd.load_model(
-        "--after", args.after, torch.float32, args.device
-    )
-    shapes = [weight.shape for weight in student.parameters()]
-    expected = [weight.shape for weight in pair.student.parameters()]
-    if shapes != expected or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-        raise opd.InputError(
-            f"--after {args.after} has another tokenizer or other shapes than --student"
-        )
-    return pair._replace(student=student)
+# ======================================================================================
+# 3. What the tables are made from
+#
+#    The report compares positions: which gain most? So all that is known about them is
+#    put in columns, with a row for each position: `Data`. Some columns, at three tokens
+#    of the README's response (demo, seed 0):
+#
+#             gains         gains         z               ascending    groups
+#      token  "forward_kl"  "reverse_kl"  "incompatible"  "learnable"  "divergence", 0.1
+#      Ada           0.001         0.001           -0.32       5498.0  False
+#      gets          3.213         0.005            3.17        451.5  True
+#      22            1.947         6.311           -0.32       8852.0  False
+#
+#    The tables of part 4 are made from the rows. Part 5 draws rows by chance and makes
+#    the tables again, to see how much their numbers change.
+# ======================================================================================
+
+MEASURES = ("forward_kl", "reverse_kl", "overlap")  # of the gain
+ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
+BUDGETS = (0.03, 0.05, 0.1)
+THIRDS = ("least compatible", "middle", "most compatible")
+QUARTERS = ("lowest quarter", "second", "third", "highest")
+
+
+class Data(NamedTuple):
+    """Columns with a row for each position: each field is {name: [N]}."""
+
+    gains: dict  # the names are ALL_GAINS. For the tables of means
+    z: dict  # gains and features, rescaled to mean 0, variance 1. For the regressions
+    ascending: dict  # gains and features, as ranks from 1. For the rank correlations
+    groups: dict  # bool: is it in this group? The names are from `make_groups`
+
+
+def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
+    """InputError for a feature that is the same everywhere: it can explain nothing."""
+    gains = {**gains, "relative": relative_gain(before, gains)}
+    features = make_features(before, k)
+    for name, values in features.items():
+        if np.ptp(values) < 1e-12:
+            raise opd.InputError(
+                f"{name} is the same at all positions, so its share in the gain cannot "
+                "be found; use more contexts or longer responses"
+            )
+
+    z = {}
+    ascending = {}
+    for name, values in {**features, **gains}.items():
+        z[name] = zscore(values)
+        ascending[name] = ascending_ranks(values)
+    return Data(gains, z, ascending, make_groups(before, features, k, seed))
 
 
 def gains_of(before, after):  # -> {measure: [N]}
@@ -242,19 +291,6 @@ def gains_of(before, after):  # -> {measure: [N]}
         "reverse_kl": before["reverse_kl"] - after["reverse_kl"],
         "overlap": after["overlap"] - before["overlap"],  # more of it is nearer
     }
-
-
-# ======================================================================================
-# 3. What the tables are made from
-#
-#    The report compares positions: which gain most? So all that is known about them is
-#    put in columns, with a row for each position: `Data`, at the end of this part. The
-#    tables of part 4 are made from its rows; and part 5 draws rows by chance and makes
-#    the tables again, to see how much their numbers change.
-# ======================================================================================
-
-MEASURES = ("forward_kl", "reverse_kl", "overlap")  # of the gain
-ALL_GAINS = (*MEASURES, "relative")  # see `relative_gain`
 
 
 def relative_gain(before, gains):  # -> [N]
@@ -312,35 +348,6 @@ def ascending_ranks(values):  # [N] -> [N]
     return mean[level]
 
 
-def kept_by(method, before, k, budget, seed):  # -> [N] bool
-    """What `method` would keep of all contexts, as opd.py does it in a batch.
-
-    Here all contexts stand in one row, as if they were one response. So opd.select adds
-    no position for a response that has none, and the count is the same for all methods.
-    """
-    scores = {}
-    for name, values in before.items():
-        scores[name] = torch.tensor(values)[None]  # [1, N]
-    scores["divergence"] = scores[f"divergence_{k}"]
-    scores["compatibility"] = scores[f"compatibility_{k}"]
-    mask = torch.ones_like(scores["entropy"], dtype=torch.bool)
-    if method == "full":
-        return mask[0].numpy()
-    generator = torch.Generator().manual_seed(seed)  # for "random"
-    ranks = opd.rank(method, scores, mask, generator)
-    return opd.select(ranks, mask, budget)[0].numpy()
-
-
-def sure_yet_in_disagreement(features):  # {name: [N]} -> [N] bool
-    """Positions whose entropy is at most its median, and whose D is at least its own.
-
-    (Two medians make four quadrants. The paper numbers this one Q3.)
-    """
-    h = features["entropy"]
-    d = features["divergence"]
-    return (h <= np.median(h)) & (d >= np.median(d))
-
-
 def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
     """Groups of equal size, one for each label, from the lowest values to the highest.
 
@@ -356,72 +363,40 @@ def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
     return groups
 
 
-BUDGETS = (0.03, 0.05, 0.1)
-THIRDS = ("least compatible", "middle", "most compatible")
-QUARTERS = ("lowest quarter", "second", "third", "highest")
+def of_k(before, k):  # {name: [N]} -> {name: [N]}
+    """As opd.measure names it: the D and C of this K are "divergence" and so on."""
+    scores = dict(before)
+    scores["divergence"] = before[f"divergence_{k}"]
+    scores["compatibility"] = before[f"compatibility_{k}"]
+    return scores
 
 
-def make_kept(before, k, seed):  # -> {(method, budget): [N] bool}
-    kept = {}
+def make_groups(before, features, k, seed):  # -> {group: [N] bool}
+    """What each method would keep, and equal groups where the student is sure.
+
+    ("tip", 0.1) is what tip keeps with 10 %, ("learnable", "highest") a quarter.
+    """
+    groups = {}
     for budget in BUDGETS:
         for method in opd.METHODS:
-            kept[method, budget] = kept_by(method, before, k, budget, seed)
-    return kept
+            generator = torch.Generator().manual_seed(seed)  # for "random"
+            kept = kept_by(method, of_k(before, k), budget, generator)
+            groups[method, budget] = kept.numpy()
 
-
-def make_thirds(features):  # -> {third: [N] bool}
-    inside = sure_yet_in_disagreement(features)
-    return equal_groups(features["compatibility"], inside, THIRDS)
-
-
-def make_quarters(features):  # -> {(part, quarter): [N] bool}
-    inside = sure_yet_in_disagreement(features)
-    quarters = {}
-    for part in ("learnable", "incompatible"):
-        of_part = equal_groups(features[part], inside, QUARTERS)
-        for quarter in QUARTERS:
-            quarters[part, quarter] = of_part[quarter]
-    return quarters
-
-
-class Data(NamedTuple):
-    """Columns with a row for each position: each field is {name: [N]}.
-
-    The last three are bool columns, which say to which groups a position belongs.
-    """
-
-    gains: dict  # the names are ALL_GAINS. For the tables of means
-    z: dict  # gains and features, rescaled to mean 0, variance 1. For the regressions
-    ascending: dict  # gains and features, as ranks from 1. For the rank correlations
-    kept: dict  # kept["teachability", 0.1]: would this method keep it, with 10 %?
-    thirds: dict  # thirds["middle"]: is it in this third?
-    quarters: dict  # quarters["learnable", "highest"]: is it in this quarter?
-
-
-def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
-    """InputError for a feature that is the same everywhere: it can explain nothing."""
-    gains = {**gains, "relative": relative_gain(before, gains)}
-    features = make_features(before, k)
-    for name, values in features.items():
-        if np.ptp(values) < 1e-12:
-            raise opd.InputError(
-                f"{name} is the same at all positions, so its share in the gain cannot "
-                "be found; use more contexts or longer responses"
-            )
-
-    z = {}
-    ascending = {}
-    for name, values in {**features, **gains}.items():
-        z[name] = zscore(values)
-        ascending[name] = ascending_ranks(values)
-    return Data(
-        gains,
-        z,
-        ascending,
-        kept=make_kept(before, k, seed),
-        thirds=make_thirds(features),
-        quarters=make_quarters(features),
-    )
+    # Where the entropy is at most its median, and D at least its median, the student is
+    # sure and yet disagrees. (Two medians make four quadrants; the paper's Q3 is this.)
+    h = features["entropy"]
+    d = features["divergence"]
+    sure_yet_in_disagreement = (h <= np.median(h)) & (d >= np.median(d))
+    for name, labels in (
+        ("compatibility", THIRDS),
+        ("learnable", QUARTERS),
+        ("incompatible", QUARTERS),
+    ):
+        of_name = equal_groups(features[name], sure_yet_in_disagreement, labels)
+        for label in labels:
+            groups[name, label] = of_name[label]
+    return groups
 
 
 # ======================================================================================
@@ -443,7 +418,7 @@ def gain_of_kept(data, budget):
     """How much do the positions gain that each method would keep?"""
     table = {}
     for method in opd.METHODS:
-        table[method] = mean_gains(data, data.kept[method, budget])
+        table[method] = mean_gains(data, data.groups[method, budget])
     return table
 
 
@@ -451,6 +426,17 @@ def gain_of_kept(data, budget):
 # controls, as in the paper. (An unsure student, say, or an early position may gain more
 # whatever the teacher wants, and the two parts must not get the credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
+
+
+# The paper's baseline: D as a whole, also in product with the entropy. If that explains
+# as much, the split is worth nothing.
+UNSPLIT = (
+    "divergence",
+    "entropy * divergence",
+    "entropy",
+    "progress",
+    "teacher_entropy",
+)
 
 
 def least_squares(z, regressors, outcomes):  # -> {outcome: {regressor: slope}}
@@ -492,17 +478,6 @@ def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
     return shares
 
 
-# The paper's baseline: D as a whole, also in product with the entropy. If that explains
-# as much, the split is worth nothing.
-UNSPLIT = (
-    "divergence",
-    "entropy * divergence",
-    "entropy",
-    "progress",
-    "teacher_entropy",
-)
-
-
 def explained_shares(data):
     """R2 with D in its two parts, and with D unsplit: does the split explain more?"""
     split = r_squared(data.z, REGRESSORS, ALL_GAINS)
@@ -517,7 +492,7 @@ def compare_thirds(data):
     """Where the student is sure yet disagrees: does a larger C gain more?"""
     table = {}
     for third in THIRDS:
-        table[third] = mean_gains(data, data.thirds[third], ALL_GAINS)
+        table[third] = mean_gains(data, data.groups["compatibility", third], ALL_GAINS)
     table["most - least"] = {}
     for name in ALL_GAINS:
         most = table["most compatible"][name]
@@ -529,7 +504,7 @@ def compare_quarters(data, part):
     """Where the student is sure yet disagrees: does more of this part gain more?"""
     table = {}
     for quarter in QUARTERS:
-        table[quarter] = mean_gains(data, data.quarters[part, quarter])
+        table[quarter] = mean_gains(data, data.groups[part, quarter])
     return table
 
 
@@ -552,284 +527,8 @@ def rank_correlations(data):
     return table
 
 
-# ======================================================================================
-# 5. Intervals: how much may a number owe to chance?
-# ======================================================================================
-
-
-def draws(context, count, seed):  # [N] -> positions [n], `count` times
-    """The positions of contexts that are drawn by chance.
-
-    context [N] says to which context each position belongs. As many are drawn as there
-    are, with replacement: one may come twice, another not at all.
-    """
-    positions_of = []  # of each context
-    for i in np.unique(context):
-        positions_of.append(np.flatnonzero(context == i))
-
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        contexts = generator.integers(len(positions_of), size=len(positions_of))
-        yield np.concatenate([positions_of[i] for i in contexts])
-
-
-def at_positions(data, positions):  # Data of N positions, [n] -> Data of n
-    """The rows of these positions. One that was drawn twice is there twice."""
-    drawn = {}
-    for field, columns in data._asdict().items():
-        drawn[field] = {
-            name: values.take(positions) for name, values in columns.items()
-        }
-    return Data(**drawn)
-
-
-def bootstrap(make_tables, data, context, count, seed):
-    """Tables with a 95 % interval for each number.
-
-    Had the student written other responses, a number would have come out a little
-    differently. So all are computed again, `count` times, each time from contexts that
-    are drawn from those at hand:
-
-      three contexts with the mean gains        .1  .2  .6    mean .30
-      three of them, drawn with replacement     .6  .1  .6    mean .43
-      once more                                 .2  .2  .1    mean .17
-      ...
-
-    The middle 95 % of the means are the interval. Contexts are drawn, not positions:
-    those of one response resemble each other, so that would be too narrow. What
-    make_data found over all positions (scales, ranks, groups) is not found anew.
-
-    make_tables(data) -> {table: {row: {column: number}}}. In what is returned, a cell
-    is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
-    """
-    whole = make_tables(data)
-    others = []
-    for positions in draws(context, count, seed):
-        others.append(make_tables(at_positions(data, positions)))
-
-    tables = {}
-    for table, rows in whole.items():
-        tables[table] = {}
-        for row, columns in rows.items():
-            tables[table][row] = {}
-            for column, value in columns.items():
-                results = [other[table][row][column] for other in others]
-                tables[table][row][column] = cell_of(value, results)
-    return tables
-
-
-def cell_of(value, results):  # a number, and those of the draws -> {name: number}
-    if np.isnan(value):
-        raise opd.InputError(
-            "there are too few positions for the report's groups; use more --contexts"
-        )
-    # A draw may contain no position of a group by chance: its nan is left out.
-    low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
-    return {"value": float(value), "low": low, "high": high}
-
-
-# ======================================================================================
-# 6. The report
-# ======================================================================================
-
-
-def main_tables(data):  # -> {name of the table: rows}
-    return {
-        "kept": gain_of_kept(data, 0.1),
-        "explained": explain(data),
-        "thirds": compare_thirds(data),
-    }
-
-
-def more_tables(data):  # -> {name of the table: rows}
-    return {
-        "shares": explained_shares(data),
-        "correlations": rank_correlations(data),
-        "kept at 3%": gain_of_kept(data, 0.03),
-        "kept at 5%": gain_of_kept(data, 0.05),
-        "learnable": compare_quarters(data, "learnable"),
-        "incompatible": compare_quarters(data, "incompatible"),
-    }
-
-
-def leak(tables, leaky):  # {name of the table: rows} twice -> rows
-    """Two figures of the main tables, with C of before training and, wrongly, of after.
-
-    Why wrongly? Say the teacher wants a token that the student does not consider: C is
-    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
-    the token stands in the trained student's top K. With C from there, 1, the position
-    counts as learnable: what spoke against the hypothesis now speaks for it.
-    """
-    rows = {}
-    for when, found in (("before", tables), ("after", leaky)):
-        for name in ALL_GAINS:
-            rows[f"C {when}, {name}"] = {
-                "gap": found["explained"][name]["gap"],
-                "most - least": found["thirds"]["most - least"][name],
-            }
-    return rows
-
-
-def kept_tokens(before, k, seed, decode):  # -> rows
-    """The five tokens that each method keeps most often, with their share."""
-    rows = {}
-    for method in opd.METHODS:
-        tokens = before["token"][kept_by(method, before, k, 0.1, seed)]
-        texts = []
-        for token, count in Counter(tokens.tolist()).most_common(5):
-            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
-        rows[method] = {"tokens": ", ".join(texts)}
-    return rows
-
-
-def all_tables(before, after, args, decode):  # {name: [N]} twice -> a list of tables
-    """Everything that the report says in numbers, as it is written to report.json."""
-    gains = gains_of(before, after)
-    tables = tables_of_k(args.top_k, before, after, gains, args, decode)
-    for k in args.ks:
-        if k != args.top_k:
-            tables += tables_of_k(k, before, after, gains, args, decode)
-    return tables
-
-
-def tables_of_k(k, before, after, gains, args, decode):  # -> a list of tables
-    """The main tables, with the D and C of this K; if it is --top-k, all the others."""
-
-    def with_intervals(make_tables, scores):
-        data = make_data(scores, gains, k, args.seed)
-        context = before["context"]
-        return bootstrap(make_tables, data, context, args.bootstrap, args.seed)
-
-    tables = with_intervals(main_tables, before)
-
-    # Once more, but wrongly with C from after training.
-    name = f"compatibility_{k}"
-    before_but_for_C = {**before, name: after[name]}
-    leaky = with_intervals(main_tables, before_but_for_C)
-    tables["leak"] = leak(tables, leaky)
-
-    if k == args.top_k:
-        tables.update(with_intervals(more_tables, before))
-        tables["tokens"] = kept_tokens(before, k, args.seed, decode)
-
-    with_captions = []
-    for name, rows in tables.items():
-        title, reading = CAPTIONS[name]
-        reading = " ".join(reading.split())  # in one line
-        table = {"title": f"{title}, K={k}", "reading": reading, "rows": rows}
-        with_captions.append(table)
-    return with_captions
-
-
-def what_was_measured(held_out_count, before, after, args):  # -> text
-    positions = len(before["forward_kl"])
-    text = f"{args.contexts} contexts, {positions} positions. "
-    text += f"{held_out_count} held-out prompts"
-    if held_out_count < args.contexts:
-        text += ", some repeated (which the intervals ignore)"
-    if args.after:
-        text += f"; the trained student is {args.after}"
-    if np.array_equal(before["forward_kl"], after["forward_kl"]):
-        text += "; no gain anywhere: this student has not changed"
-    return text + "."
-
-
-def number_text(x):  # +0.123, or +1e-04 for what would be +0.000
-    return f"{x:+.0e}" if 0 < abs(x) < 0.0005 else f"{x:+.3f}"
-
-
-def cell_text(cell):
-    if isinstance(cell, str):  # a text, as in `kept_tokens`
-        return cell
-    low = number_text(cell["low"])
-    high = number_text(cell["high"])
-    return f"{number_text(cell['value'])} [{low}, {high}]"
-
-
-def rows_text(rows):  # -> the lines of a table, in columns
-    first_row = next(iter(rows.values()))
-    grid = [["", *first_row]]
-    for label, cells in rows.items():
-        grid.append([label, *map(cell_text, cells.values())])
-
-    widths = []
-    for column in range(len(grid[0])):
-        widths.append(max(len(line[column]) for line in grid))
-
-    lines = []
-    for texts in grid:
-        line = texts[0].ljust(widths[0])
-        for text, width in zip(texts[1:], widths[1:]):
-            line += "  " + text.rjust(width)
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def as_text(table):  # -> for a terminal of 110 columns
-    lines = textwrap.wrap(table["reading"], 102)
-    reading = "\n".join(f"> {line}" for line in lines)
-    return f"{table['title']}\n{rows_text(table['rows'])}\n{reading}"
-
-
-def position_lines(before, after, decode):  # -> the text of positions.jsonl
-    """One object for each position, with all that was measured there."""
-    gains = gains_of(before, after)
-    lines = []
-    for i, token in enumerate(before["token"].tolist()):
-        line = {
-            "text": decode(token),
-            "gain": values_at(gains, i),
-            "before": values_at(before, i),
-            "after": values_at(after, i),
-        }
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines)
-
-
-def values_at(scores, i):  # {name: [N]} -> {name: number}
-    values = {}
-    for name, array in scores.items():
-        values[name] = array[i].tolist()
-    return values
-
-
-def report(pair, prompts, held_out_count, before, after, args, out):
-    """Step 5: write the files, then print, so that a broken terminal harms nothing."""
-    # First what took long to measure: a table may fail, as with too few positions.
-    decode = pair.tokenizer.decode
-    lines = position_lines(before, after, decode)
-    opd.write_file(out / "positions.jsonl", lines)
-
-    summary = what_was_measured(held_out_count, before, after, args)
-    tables = all_tables(before, after, args, decode)
-    content = {
-        "summary": summary,
-        "tables": tables,
-        "args": vars(args),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": opd.transformers.__version__,
-            "numpy": np.__version__,
-        },
-    }
-    opd.write_file(out / "report.json", json.dumps(content))
-
-    gains = gains_of(before, after)
-    responses = token_map(prompts, before, gains, args.top_k, decode)
-    opd.write_file(out / "report.html", as_page(tables, summary, responses))
-
-    opd.show(summary)
-    for table in tables[:2]:  # what is kept, and what explains the gain
-        opd.show("\n" + as_text(table))
-    opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
-    opd.show("The page has more: a map of the tokens, more tables, other K.")
-
-
-# ======================================================================================
-# 7. What stands above and below each table
-# ======================================================================================
-
-CAPTIONS = {  # of each table: its title, and how to read it
+# What stands above and below each table: its title, and how to read it.
+CAPTIONS = {
     "kept": (
         "Mean gain of the 10% that each method would keep",
         """Mean gain of the positions that each method would keep of all contexts
@@ -889,7 +588,269 @@ CAPTIONS = {  # of each table: its title, and how to read it
 
 
 # ======================================================================================
-# 8. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
+# 5. Intervals: how much may a number owe to chance?
+# ======================================================================================
+
+
+def draws(context, count, seed):  # [N] -> positions [n], `count` times
+    """The positions of contexts that are drawn by chance.
+
+    context [N] says to which context each position belongs. As many are drawn as there
+    are, with replacement: one may come twice, another not at all.
+    """
+    positions_of = []  # of each context
+    for i in np.unique(context):
+        positions_of.append(np.flatnonzero(context == i))
+
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        contexts = generator.integers(len(positions_of), size=len(positions_of))
+        yield np.concatenate([positions_of[i] for i in contexts])
+
+
+def at_positions(data, positions):  # Data of N positions, [n] -> Data of n
+    """The rows of these positions. One that was drawn twice is there twice."""
+    drawn = {}
+    for field, columns in data._asdict().items():
+        drawn[field] = {
+            name: values.take(positions) for name, values in columns.items()
+        }
+    return Data(**drawn)
+
+
+def bootstrap(make_tables, data, context, count, seed):
+    """Tables with a 95 % interval for each number.
+
+    Had the student written other responses, a number would have come out a little
+    differently. So all are computed again, `count` times, each time from contexts that
+    are drawn from those at hand:
+
+      three contexts with the mean gains        .1  .2  .6    mean .30
+      three of them, drawn with replacement     .6  .1  .6    mean .43
+      once more                                 .2  .2  .1    mean .17
+      ...
+
+    The middle 95 % of the means are the interval. Contexts are drawn, not positions:
+    those of one response resemble each other, so that would be too narrow. What
+    make_data found over all positions (scales, ranks, groups) is not found anew.
+
+    make_tables(data) -> {table: {row: {column: number}}}. In what is returned, a cell
+    is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
+    """
+    tables = make_tables(data)
+    others = []
+    for positions in draws(context, count, seed):
+        others.append(make_tables(at_positions(data, positions)))
+
+    for table, rows in tables.items():
+        for row, cells in rows.items():
+            for column, value in cells.items():
+                results = [other[table][row][column] for other in others]
+                cells[column] = cell_of(value, results)
+    return tables
+
+
+def cell_of(value, results):  # a number, and those of the draws -> {name: number}
+    if np.isnan(value):
+        raise opd.InputError(
+            "there are too few positions for the report's groups; use more --contexts"
+        )
+    # A draw may contain no position of a group by chance: its nan is left out.
+    low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
+    return {"value": float(value), "low": low, "high": high}
+
+
+# ======================================================================================
+# 6. The report
+# ======================================================================================
+
+
+def main_tables(data):  # -> {name of the table: rows}
+    return {
+        "kept": gain_of_kept(data, 0.1),
+        "explained": explain(data),
+        "thirds": compare_thirds(data),
+    }
+
+
+def more_tables(data):  # -> {name of the table: rows}
+    return {
+        "shares": explained_shares(data),
+        "correlations": rank_correlations(data),
+        "kept at 3%": gain_of_kept(data, 0.03),
+        "kept at 5%": gain_of_kept(data, 0.05),
+        "learnable": compare_quarters(data, "learnable"),
+        "incompatible": compare_quarters(data, "incompatible"),
+    }
+
+
+def leak(tables, leaky):  # {name of the table: rows} twice -> rows
+    """Two figures of the main tables, with C of before training and, wrongly, of after.
+
+    Why wrongly? Say the teacher wants a token that the student does not consider: C is
+    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
+    the token stands in the trained student's top K. With C from there, 1, the position
+    counts as learnable: what spoke against the hypothesis now speaks for it.
+    """
+    rows = {}
+    for when, found in (("before", tables), ("after", leaky)):
+        for name in ALL_GAINS:
+            rows[f"C {when}, {name}"] = {
+                "gap": found["explained"][name]["gap"],
+                "most - least": found["thirds"]["most - least"][name],
+            }
+    return rows
+
+
+def kept_tokens(before, k, seed, decode):  # -> rows
+    """The five tokens that each method keeps most often, with their share."""
+    rows = {}
+    for method in opd.METHODS:
+        generator = torch.Generator().manual_seed(seed)  # for "random"
+        kept = kept_by(method, of_k(before, k), 0.1, generator).numpy()
+        tokens = before["token"][kept]
+        texts = []
+        for token, count in Counter(tokens.tolist()).most_common(5):
+            texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
+        rows[method] = {"tokens": ", ".join(texts)}
+    return rows
+
+
+def all_tables(before, after, gains, args, decode):  # {name: [N]} thrice -> tables
+    """Everything that the report says in numbers, as it is written to report.json."""
+
+    def with_intervals(make_tables, scores, k):
+        data = make_data(scores, gains, k, args.seed)
+        context = before["context"]
+        return bootstrap(make_tables, data, context, args.bootstrap, args.seed)
+
+    with_captions = []
+    for k in args.ks:  # --top-k is the first
+        tables = with_intervals(main_tables, before, k)
+
+        # Once more, but wrongly with C from after training.
+        name = f"compatibility_{k}"
+        before_but_for_C = {**before, name: after[name]}
+        leaky = with_intervals(main_tables, before_but_for_C, k)
+        tables["leak"] = leak(tables, leaky)
+
+        if k == args.top_k:  # all the others, too
+            tables.update(with_intervals(more_tables, before, k))
+            tables["tokens"] = kept_tokens(before, k, args.seed, decode)
+
+        for name, rows in tables.items():
+            title, reading = CAPTIONS[name]
+            reading = " ".join(reading.split())  # in one line
+            table = {"title": f"{title}, K={k}", "reading": reading, "rows": rows}
+            with_captions.append(table)
+    return with_captions
+
+
+def what_was_measured(held_out_count, before, after, args):  # -> text
+    positions = len(before["forward_kl"])
+    text = f"{args.contexts} contexts, {positions} positions. "
+    text += f"{held_out_count} held-out prompts"
+    if held_out_count < args.contexts:
+        text += ", some repeated (which the intervals ignore)"
+    if args.after:
+        text += f"; the trained student is {args.after}"
+    if np.array_equal(before["forward_kl"], after["forward_kl"]):
+        text += "; no gain anywhere: this student has not changed"
+    return text + "."
+
+
+def number_text(x):  # +0.123, or +1e-04 for what would be +0.000
+    return f"{x:+.0e}" if 0 < abs(x) < 0.0005 else f"{x:+.3f}"
+
+
+def cell_text(cell):
+    if isinstance(cell, str):  # a text, as in `kept_tokens`
+        return cell
+    low = number_text(cell["low"])
+    high = number_text(cell["high"])
+    return f"{number_text(cell['value'])} [{low}, {high}]"
+
+
+def rows_text(rows):  # -> the lines of a table, in columns
+    first_row = next(iter(rows.values()))
+    grid = [["", *first_row]]
+    for label, cells in rows.items():
+        grid.append([label, *map(cell_text, cells.values())])
+
+    widths = []
+    for column in range(len(grid[0])):
+        widths.append(max(len(line[column]) for line in grid))
+
+    lines = []
+    for texts in grid:
+        line = texts[0].ljust(widths[0])
+        for text, width in zip(texts[1:], widths[1:]):
+            line += "  " + text.rjust(width)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def as_text(table):  # -> for a terminal of 110 columns
+    lines = textwrap.wrap(table["reading"], 102)
+    reading = "\n".join(f"> {line}" for line in lines)
+    return f"{table['title']}\n{rows_text(table['rows'])}\n{reading}"
+
+
+def position_lines(before, after, gains, decode):  # -> the text of positions.jsonl
+    """One object for each position, with all that was measured there."""
+    lines = []
+    for i, token in enumerate(before["token"].tolist()):
+        line = {
+            "text": decode(token),
+            "gain": values_at(gains, i),
+            "before": values_at(before, i),
+            "after": values_at(after, i),
+        }
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def values_at(scores, i):  # {name: [N]} -> {name: number}
+    values = {}
+    for name, array in scores.items():
+        values[name] = array[i].tolist()
+    return values
+
+
+def report(pair, prompts, held_out_count, before, after, args, out):
+    """Step 5: write the files, then print, so that a broken terminal harms nothing."""
+    # First what took long to measure: a table may fail, as with too few positions.
+    decode = pair.tokenizer.decode
+    gains = gains_of(before, after)
+    lines = position_lines(before, after, gains, decode)
+    opd.write_file(out / "positions.jsonl", lines)
+
+    summary = what_was_measured(held_out_count, before, after, args)
+    tables = all_tables(before, after, gains, args, decode)
+    content = {
+        "summary": summary,
+        "tables": tables,
+        "args": vars(args),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": opd.transformers.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    opd.write_file(out / "report.json", json.dumps(content))
+
+    responses = token_map(prompts, before, gains, args.top_k, decode)
+    opd.write_file(out / "report.html", as_page(tables, summary, responses))
+
+    opd.show(summary)
+    for table in tables[:2]:  # what is kept, and what explains the gain
+        opd.show("\n" + as_text(table))
+    opd.show(f"\nreport.html, report.json and positions.jsonl are in {out}")
+    opd.show("The page has more: a map of the tokens, more tables, other K.")
+
+
+# ======================================================================================
+# 7. The page: one file, no script, nothing loaded from elsewhere. May be skipped.
 # ======================================================================================
 
 MAP_CONTEXTS = 12  # so many responses stand in the token map
@@ -1024,15 +985,22 @@ token, or tap it.</p>
 
 
 # ======================================================================================
-# 9. The command line
+# 8. The command line
 # ======================================================================================
 
 
-def number_of_contexts(text):
-    number = int(text)
-    if number < 5:
-        raise argparse.ArgumentTypeError(f"{text} is less than 5")
-    return number
+def load_trained(pair, args):  # -> Pair with the student of --after
+    """Step 3 for a student trained earlier. InputError if it does not fit --student."""
+    student, tokenizer = opd.load_model(
+        "--after", args.after, torch.float32, args.device
+    )
+    shapes = [weight.shape for weight in student.parameters()]
+    expected = [weight.shape for weight in pair.student.parameters()]
+    if shapes != expected or tokenizer.get_vocab() != pair.tokenizer.get_vocab():
+        raise opd.InputError(
+            f"--after {args.after} has another tokenizer or other shapes than --student"
+        )
+    return pair._replace(student=student)
 
 
 def parse_args(argv=None):
@@ -1042,7 +1010,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add(
         "--contexts",
-        type=number_of_contexts,
+        type=int,
         default=192,
         help="responses to freeze and measure; as many prompts are held out",
     )
@@ -1052,6 +1020,8 @@ def parse_args(argv=None):
     if argv is None:
         argv = sys.argv[1:]
     args = opd.parse_args(["--select", "full", *argv], parser)  # a later --select wins
+    if args.contexts < 5:
+        parser.error(f"--contexts {args.contexts}: give 5 or more")
     if args.resume:
         parser.error("--resume is for opd.py, whose student --after takes")
 
@@ -1059,7 +1029,10 @@ def parse_args(argv=None):
     # --after: that student was trained earlier, on all prompts but --eval-prompts.)
     if not args.after:
         args.eval_prompts = max(args.eval_prompts, args.contexts)
-    args.ks = sorted({8, 16, 32, args.top_k})  # for D and C
+    args.ks = [args.top_k]  # for D and C
+    for k in (8, 16, 32):
+        if k != args.top_k:
+            args.ks.append(k)
     return args
 
 

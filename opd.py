@@ -9,8 +9,9 @@ Notation: p is the student's next-token distribution, q the teacher's. KL and en
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
 Names and formulas are the paper's, except for what the README lists at its end.
 Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
-tokens in the vocabulary. A mask [B, R] is True at the valid positions; the others are
-padding after an end. N is the number of a batch's valid positions.
+tokens in the vocabulary, E numbers in a hidden state. A mask [B, R] is True at the
+valid positions; the others are padding after an end. N are valid in a batch, n are some
+of them.
 
 One training step:
 
@@ -20,7 +21,7 @@ One training step:
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
-  3. rank     by teachability, D * C. Both are rescaled first, to [0, 1] over the batch
+  3. rank     by teachability: D * C, after both are rescaled to [0, 1] over the batch
   4. select   keep the best tenth of the batch's positions (the `budget`); and on top of
               that, the best position of each response that has none among them
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
@@ -122,7 +123,8 @@ def simple_step(
 #      mask = torch.ones_like(scores["divergence"]).bool()  # no padding
 #      keep = select(rank("teachability", scores, mask), mask, budget=0.1)
 #
-#    (K is 16 here. It must be smaller than V, or all ranks are 0: see `compatibility`.)
+#    (K is 16 here. It must be smaller than V, or all ranks are 0: see `compatibility`.
+#    For a single response, [R, V], give logits[None].)
 # ======================================================================================
 
 
@@ -199,8 +201,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def measure(student_logits, teacher_logits, k=16, tokens=None):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V].
 
-    `tokens` [...] are those that the student wrote. They are not used here; a function
-    of your own in place of this one may use them.
+    `tokens` [...] are those that the student wrote. They are for functions of your own,
+    in place of this one.
     """
     return {
         # The loss of full on-policy distillation. Its mean is the curve to watch.
@@ -219,7 +221,7 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie, and
     `select` keeps the first. No gradient goes through it.
     """
-    mask = mask.bool()  # ones and zeros, as an index, would pick rows 1 and 0
+    mask = mask.bool()  # as an index, a mask of numbers would pick rows 0 and 1
     values = values.detach().float()
     valid = values[mask].cpu().numpy()  # torch.quantile refuses over 16 million values
     if len(valid) == 0:
@@ -235,8 +237,8 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
 
 def soft_or(a, b):  # in [0, 1] each
     """a + b - a b: large where one of the two is."""
-    # Written so that it is exactly 1 where a or b is. A rounding error would decide
-    # between positions that tie.
+    # The same number, but exactly 1 where a or b is. With a + b - a * b, rounding
+    # errors would decide between positions that tie.
     return 1 - (1 - a) * (1 - b)
 
 
@@ -270,9 +272,9 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "compatibility":
         return c
 
-    # d has two parts. The first is learnable, where the teacher reweights tokens that
-    # the student considers: the paper's method. In the other it wants other tokens.
-    if method == "teachability":
+    # d is the sum of two parts. In the learnable one, the teacher reweights tokens that
+    # the student considers; in the incompatible one, it wants tokens beyond those.
+    if method == "teachability":  # the paper's method
         return d * c
     if method == "incompatible":
         return d * (1 - c)
@@ -333,8 +335,9 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
     """The loss at each position, in nats: [..., V], [..., V], [...] -> [...].
 
     "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
-    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Averaged
-    over y, its gradient is that of "reverse_kl". ValueError for another name.
+    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Where the
+    teacher finds y likelier, A is above 0, and p(y) rises. Averaged over y, its
+    gradient is that of "reverse_kl". ValueError for another name.
     """
     if loss_name == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
@@ -354,10 +357,20 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 # 3. The same step for a batch, as the program takes it: rollout, score and update, and
 #    `train_step`, which puts them together.
 #
-#    Logits are huge: V numbers for each position. They are made from hidden states of E
-#    numbers: a model's layers give one for each position, and its output head makes
-#    logits of it. So the layers run for a micro-batch of responses at a time, and the
-#    head for a chunk of n positions at a time, whose logits are used and forgotten.
+#    A model's layers give a hidden state for each position, E numbers; its output head
+#    makes logits of it, V numbers. These are huge. So the layers run for a micro-batch
+#    of whole responses at a time, and the head for a chunk of n positions at a time,
+#    whose logits are used and forgotten. A step has four passes:
+#
+#      pass             gradient   layers, for              head, for
+#      student writes   no         all responses at once    the newest token of each
+#      student reads    no         a micro-batch at a time  the valid positions
+#      teacher reads    no         a micro-batch at a time  the valid positions
+#      student learns   yes        a micro-batch at a time  the kept positions
+#
+#    In the last one, the teacher's layers do not run again: its head makes the logits
+#    of the kept positions anew, from the hidden states of the third. (In `simple_step`,
+#    the second pass and the last are one.)
 # ======================================================================================
 
 
@@ -377,10 +390,13 @@ class Pair(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A batch of sampled responses, with padding before prompts and after ends."""
+    """A batch of sampled responses, with padding before the prompts.
+
+    What stands after a response's end is padding, too: the mask is False there.
+    """
 
     ids: torch.Tensor  # [B, P + R] prompt and response
-    attention: torch.Tensor  # [B, P + R] 0 on the padding before a prompt, else 1
+    attention: torch.Tensor  # [B, P + R] 0 on the padding, 1 elsewhere
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came first. For the log alone
@@ -393,7 +409,7 @@ class Rollout(NamedTuple):
 # -- rollout ---------------------------------------------------------------------------
 
 
-PADDING = 0  # any token id will do, an end's, too: nothing valid looks there
+PADDING = 0  # any token id would do: nothing valid looks there
 
 
 def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
@@ -408,9 +424,44 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
 
 
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
+
+
+def generate_with_only(settings, model, ids, attention):
+    """model.generate() with these settings, and none of the checkpoint's own.
+
+    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
+    would fill in whatever `settings` leave open, so it is taken away for the call.
+    """
+    model.eval()
+    own_config = model.generation_config
+    model.generation_config = settings
+    try:
+        with bf16_on_gpu():
+            return model.generate(
+                ids, attention_mask=attention, generation_config=settings
+            )
+    finally:
+        model.generation_config = own_config
+
+
 @torch.no_grad()
 def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
     """The student's responses to these prompts, from p itself: no top-k, no top-p."""
+    # What the teacher cannot score is never drawn: with one tokenizer, Qwen2.5 models
+    # have 151,936 or 152,064 outputs. (But an end may be drawn even there: `rollout`
+    # writes it down as the end that both models know.)
+    student_outputs = len(pair.student.get_output_embeddings().weight)
+    beyond = range(pair.vocab_size, student_outputs)
+    never_sampled = [token for token in beyond if token not in pair.end_ids]
+
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=pair.temperature,
@@ -419,7 +470,7 @@ def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
         max_new_tokens=max_new_tokens,
         # generate() takes None, and no empty list: hence `or None`, twice.
         eos_token_id=pair.end_ids or None,
-        suppress_tokens=never_sampled(pair) or None,  # what the teacher cannot score
+        suppress_tokens=never_sampled or None,
         pad_token_id=PADDING,
         remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
     )
@@ -440,6 +491,29 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     return ends_before == 0
 
 
+def length_limit(pair):  # -> tokens of prompt and response together
+    limit = math.inf
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            length = getattr(config, name, None)
+            if length and length > 0:
+                limit = min(limit, length)
+    return limit
+
+
+def check_prompts(pair, prompts, max_new_tokens):
+    for prompt in prompts:
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
+            raise ValueError(
+                "give a list of prompts; each must be a list of token ids, not "
+                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
+            )
+        limit = length_limit(pair)
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(f"the models take {limit} tokens, with the prompt")
+
+
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt."""
     check_prompts(pair, prompts, max_new_tokens)
@@ -448,7 +522,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
 
     end_ids = torch.tensor(pair.end_ids, dtype=ids.dtype, device=ids.device)
     is_end = torch.isin(responses, end_ids)  # [B, R]
-    if pair.end_ids:  # whichever end was drawn: end_ids[0] is the event, an end
+    if pair.end_ids:  # every kind of end is written as the first of them
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids, responses], -1),
@@ -507,11 +581,12 @@ def merge_ends(logits, end_ids):  # [n, outputs] -> [n, outputs]
     if len(end_ids) < 2:
         return logits
     own_ends = [end for end in end_ids if end < logits.shape[-1]]  # this model's
+    # The logit of a sum of probabilities is the logsumexp of their logits.
+    end_logit = logits[:, own_ends].logsumexp(-1)  # [n]
+
     merged = logits.clone()
-    # Probability 0 for all of them, as in `divergence`. Then, for the first, the sum of
-    # their probabilities: a logsumexp of logits.
-    merged[:, own_ends] = -1e30
-    merged[:, end_ids[0]] = logits[:, own_ends].logsumexp(-1)
+    merged[:, own_ends] = -1e30  # probability 0, as in `divergence`
+    merged[:, end_ids[0]] = end_logit
     return merged
 
 
@@ -520,14 +595,14 @@ def next_token_logits(pair, model, hidden):  # [n, E] -> [n, V]
     with bf16_on_gpu():
         logits = model.get_output_embeddings()(hidden)
     logits = logits.float() / pair.temperature
-    logits = merge_ends(logits, pair.end_ids)  # first: an end may lie beyond V
+    logits = merge_ends(logits, pair.end_ids)  # before the cut: one may lie beyond V
     return logits[:, : pair.vocab_size]
 
 
 LOGITS_AT_ONCE = 2**24  # numbers, of 4 bytes: 64 MiB for each model
 
 
-def chunks(pair, number):  # -> slices: of positions 0 to 99, then 100 to 199, ...
+def chunks(pair, number):  # -> slices, which cut `number` positions into chunks
     at_once = max(1, LOGITS_AT_ONCE // pair.vocab_size)
     return [slice(start, start + at_once) for start in range(0, number, at_once)]
 
@@ -555,7 +630,11 @@ def score(pair, batch, k=16, micro_batch_size=8, measure_fn=measure):
         tokens = batch.responses[at]  # [n]
         measured = measure_fn(student_logits, teacher_logits, k, tokens)
         for name, values in measured.items():
-            check_shape(name, values, tokens)
+            if values.shape != tokens.shape:  # of a measure_fn of your own
+                raise ValueError(
+                    f"measure_fn must return one number for each position, but {name} "
+                    f"has the shape {list(values.shape)} at {len(tokens)} positions"
+                )
             if name not in scores:
                 scores[name] = values.new_zeros(batch.mask.shape)  # [B, R]
             scores[name][at] = values
@@ -591,7 +670,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     for start in range(0, len(keep), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         kept = keep[rows]
-        if not kept.any():  # only if `keep` is not from `select`
+        if not kept.any():  # nothing to learn from these responses
             continue
         # The layers run on whole responses, the head below on what is kept of them.
         student_kept = hidden_states(pair.student, batch, rows)[kept]  # [n, E]
@@ -633,37 +712,61 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
 # -- the step --------------------------------------------------------------------------
 
 
-def means_of(scores, where):  # {name: [B, R]}, [B, R] bool -> {name: mean}
-    means = {}
-    for name, values in scores.items():
-        means[name] = values[where].double().mean().item()
-    return means
-
-
 def summarize(scores, batch, keep):  # -> {name: number}, for the log
-    means = means_of(scores, batch.mask)
-    kl_all = means.pop("reverse_kl")  # of all positions, not of the kept ones alone
-    summary = {"kl_all": kl_all, **means}
-    summary["mean_length"] = batch.mask.sum().item() / len(batch.mask)
-    summary["truncated"] = batch.truncated.float().mean().item()
-    summary["valid"] = batch.mask.sum().item()
-    summary["kept"] = keep.sum().item()
-    for name, mean in means_of(scores, keep).items():
-        summary[f"kept_{name}"] = mean
-    return summary
+    """Means over all positions, counts, and means over the kept positions."""
+    means = {}
+    kept_means = {}
+    for name, values in scores.items():
+        values = values.double()
+        means[name] = values[batch.mask].mean().item()
+        kept_means[f"kept_{name}"] = values[keep].mean().item()
+    kl_all = means.pop("reverse_kl")  # not of the kept positions alone, as the loss is
+    return {
+        "kl_all": kl_all,
+        **means,
+        "mean_length": batch.mask.sum().item() / len(batch.mask),
+        "truncated": batch.truncated.float().mean().item(),
+        "valid": batch.mask.sum().item(),
+        "kept": keep.sum().item(),
+        **kept_means,
+    }
 
 
-# Four passes make a step:
-#
-#   pass             gradient   layers, on whole responses   logits
-#   student writes   no         all at once                  of the newest token
-#   student reads    no         in micro-batches             of the valid positions
-#   teacher reads    no         in micro-batches             of the valid positions
-#   student learns   yes        in micro-batches             of the kept positions
-#
-# In the last one, the teacher's layers do not run again: its head makes the logits of
-# the kept positions anew, from the hidden states of the third. (In `simple_step`, the
-# second pass and the last are one.)
+def own_ranks(method, scores, mask):  # {name: [B, R]}, [B, R] bool -> [B, R]
+    """The ranks of a function of your own. ValueError if they cannot be used."""
+    try:
+        ranks = torch.as_tensor(method(scores, mask))
+    except KeyError as error:
+        raise ValueError(
+            f"a method failed with KeyError {error}; measured are "
+            f"{', '.join(scores)}. Is a measure_fn missing?"
+        ) from error
+    if ranks.shape != mask.shape:
+        raise ValueError(
+            "a method must return a number for each position, a tensor "
+            f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
+        )
+    if ranks.dtype == torch.bool:
+        raise ValueError(
+            "a method must return numbers to rank by, not True and False: among "
+            "equals, the first positions are kept. Multiply by a rank"
+        )
+    if ranks[mask].isnan().any():
+        raise ValueError("a method must return numbers, and this one returned nan")
+    return ranks
+
+
+def warn_of_ties(ranks, mask, keep):  # [B, R] each
+    """A warning if many positions are kept only because they come first."""
+    lowest = (ranks == ranks[mask].min()) & mask
+    number = lowest.sum().item()
+    number_kept = (lowest & keep).sum().item()
+    # Of each response one is kept in any case, whatever its rank.
+    if len(mask) < number_kept < number:
+        warn(
+            f"{number_kept} of {keep.sum().item()} kept positions have the lowest rank "
+            "of all: among equals, the first are kept"
+        )
 
 
 def train_step(
@@ -693,20 +796,21 @@ def train_step(
 
     # 2. Score: both models read what it wrote, and are compared at every token.
     scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
-    check_scores(scores)
 
     if method == "full":
         keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
         # 3. Rank.
-        ranks = rank_by(method, scores, batch.mask, generator)  # [B, R]
+        if callable(method):
+            ranks = own_ranks(method, scores, batch.mask)  # [B, R]
+        else:
+            ranks = rank(method, scores, batch.mask, generator)  # [B, R]
 
         # 4. Select.
         keep = select(ranks, batch.mask, budget)  # [B, R] bool
         warn_of_ties(ranks, batch.mask, keep)
 
-    # 5. Update: the student reads once more, now with a gradient. The teacher does not:
-    #    its hidden states of step 2 are used again.
+    # 5. Update: the student reads once more, now with a gradient.
     loss, norm = update(
         pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
     )
@@ -722,6 +826,40 @@ def train_step(
 # ======================================================================================
 # 4. Train and evaluate
 # ======================================================================================
+
+
+SHOWN = (  # in the terminal, before what a measure_fn of your own adds
+    "step",
+    "loss",
+    "kl_all",
+    "entropy",
+    "divergence",
+    "compatibility",
+    "mean_length",
+    "truncated",
+    "seconds",
+)
+
+
+def log(path, line, steps):  # {name: number}
+    """Append a line to the log. About ten of all steps are printed as a row, too."""
+    columns = [name for name in SHOWN if name in line]
+    for name in line:  # what a measure_fn adds is there as NAME and as kept_NAME
+        if f"kept_{name}" in line and name not in SHOWN:
+            columns += [name, f"kept_{name}"]
+    widths = {name: max(7, len(name)) for name in columns}
+    if not path.exists():  # this is the first row: before it, the heading
+        show("  ".join(f"{name:>{widths[name]}}" for name in columns))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+    is_last = line["step"] + 1 == steps
+    is_tenth = line["step"] % max(1, steps // 10) == 0
+    if is_last or is_tenth:
+        cells = []
+        for name in columns:
+            cells.append(f"{line[name]:{widths[name]}.4g}")
+        show("  ".join(cells))
 
 
 def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measure):
@@ -751,29 +889,32 @@ def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measu
     progress = tqdm(range(first_step, args.steps), desc="training", disable=None)
     for step in progress:
         started = time.time()
-        step_seed = seed_of(args.seed, step)
+        # Each step has a seed of its own, so that a resumed run goes on bit for bit.
+        # (No two runs share one within a million steps.)
+        step_seed = args.seed * 1_000_003 + step
         torch.manual_seed(step_seed)  # for the rollout
         generator = torch.Generator().manual_seed(step_seed)  # for --select random
         warm_up = min(1, (step + 1) / 10)  # over the first ten steps
         optimizer.param_groups[0]["lr"] = args.lr * warm_up
-        prompts = prompts_of_step(examples, order, step, args.batch_size)
-        try:
-            result = train_step(
-                pair,
-                optimizer,
-                prompts,
-                method=method or args.select,
-                k=args.top_k,
-                budget=args.budget,
-                loss_name=args.loss,
-                max_new_tokens=args.max_new_tokens,
-                micro_batch_size=args.micro_batch_size,
-                generator=generator,
-                measure_fn=measure_fn,
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}") from error
 
+        prompts = []
+        for i in range(step * args.batch_size, (step + 1) * args.batch_size):
+            example = examples[order[i % len(order)]]  # after the last, the first again
+            prompts.append(example["prompt"])
+
+        result = train_step(
+            pair,
+            optimizer,
+            prompts,
+            method=method or args.select,
+            k=args.top_k,
+            budget=args.budget,
+            loss_name=args.loss,
+            max_new_tokens=args.max_new_tokens,
+            micro_batch_size=args.micro_batch_size,
+            generator=generator,
+            measure_fn=measure_fn,
+        )
         line = {
             "step": step,
             **result,
@@ -790,20 +931,6 @@ def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measu
                 "settings": resume_settings(args, examples),
             }
             save(pair, out / f"step-{step + 1}", state)
-
-
-def seed_of(seed, step):
-    """Each step has a seed of its own, so that a resumed run goes on bit for bit."""
-    return seed * 1_000_003 + step  # no two runs share one within a million steps
-
-
-def prompts_of_step(examples, order, step, batch_size):  # -> B lists of token ids
-    prompts = []
-    first = step * batch_size
-    for i in range(first, first + batch_size):
-        example = examples[order[i % len(order)]]  # after the last, the first again
-        prompts.append(example["prompt"])
-    return prompts
 
 
 def measure_held_out(student_logits, teacher_logits, k, tokens):  # -> {name: [n]}
@@ -831,9 +958,19 @@ def evaluate(pair, examples, args):  # -> {name: mean}
     batch_size = 4 * args.batch_size  # without gradients more fit in at once
     for start in tqdm(range(0, len(examples), batch_size), "evaluating", disable=None):
         part = examples[start : start + batch_size]
-        batch = rollout(
-            pair, [example["prompt"] for example in part], args.max_new_tokens
+        prompts = [example["prompt"] for example in part]
+        batch = rollout(pair, prompts, args.max_new_tokens)
+        lengths.append(batch.mask.sum(-1).float())
+        truncated.append(batch.truncated.float())
+
+        scores, _ = score(
+            pair,
+            batch,
+            micro_batch_size=args.micro_batch_size,
+            measure_fn=measure_held_out,
         )
+        for name, values in scores.items():
+            measured[name].append(values[batch.mask])
 
         for i, example in enumerate(part):
             text = response_text(pair, batch, i)
@@ -842,15 +979,6 @@ def evaluate(pair, examples, args):  # -> {name: mean}
                 show(f"sample: {prompt!r} -> {text!r}")
             if example.get("answer") is not None:
                 right.append(is_right(text, example["answer"]))
-
-        lengths.append(batch.mask.sum(-1).float())
-        truncated.append(batch.truncated.float())
-        size = args.micro_batch_size
-        scores, _ = score(
-            pair, batch, micro_batch_size=size, measure_fn=measure_held_out
-        )
-        for name, values in scores.items():
-            measured[name].append(values[batch.mask])
 
     means = {}
     if right:
@@ -873,92 +1001,6 @@ class InputError(ValueError):
     """What was given cannot be used: a flag, a file, a model. The text says why."""
 
 
-# -- checks of what a step is given ----------------------------------------------------
-
-
-def length_limit(pair):  # -> tokens of prompt and response together
-    limit = math.inf
-    for model in (pair.student, pair.teacher):
-        config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            length = getattr(config, name, None)
-            if length and length > 0:
-                limit = min(limit, length)
-    return limit
-
-
-def check_prompts(pair, prompts, max_new_tokens):
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
-            )
-        limit = length_limit(pair)
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(f"the models take {limit} tokens, with the prompt")
-
-
-def check_shape(name, values, tokens):  # for a measure_fn of your own
-    if values.shape != tokens.shape:
-        raise ValueError(
-            f"measure_fn must return one number for each position, but {name} "
-            f"has the shape {list(values.shape)} at {len(tokens)} positions"
-        )
-
-
-def check_scores(scores):  # for a measure_fn of your own
-    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
-        if name not in scores:
-            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
-
-
-def rank_by(method, scores, mask, generator):  # -> [B, R]
-    """`rank`, or a function of your own: method(scores, mask).
-
-    ValueError if that returns what cannot be used.
-    """
-    if not callable(method):
-        ranks = rank(method, scores, mask, generator)
-    else:
-        try:
-            ranks = torch.as_tensor(method(scores, mask))
-        except KeyError as error:
-            raise ValueError(
-                f"a method failed with KeyError {error}; measured are "
-                f"{', '.join(scores)}. Is a measure_fn missing?"
-            ) from error
-        if ranks.shape != mask.shape:
-            raise ValueError(
-                "a method must return a number for each position, a tensor "
-                f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
-            )
-        if ranks.dtype == torch.bool:
-            raise ValueError(
-                "a method must return numbers to rank by, not True and False: among "
-                "equals, the first positions are kept. Multiply by a rank"
-            )
-        if ranks[mask].isnan().any():
-            raise ValueError("a method must return numbers, and this one returned nan")
-    return ranks
-
-
-def warn_of_ties(ranks, mask, keep):  # [B, R] each
-    """A warning if many positions are kept only because they come first."""
-    lowest = (ranks == ranks[mask].min()) & mask
-    number = lowest.sum().item()
-    number_kept = (lowest & keep).sum().item()
-    all_are_alike = number == mask.sum().item()
-    some_are_left_out = number_kept < number
-    # `select` keeps one of each response in any case.
-    more_than_one_each = number_kept > len(mask)
-    if all_are_alike or (some_are_left_out and more_than_one_each):
-        warn(
-            f"{number_kept} of {keep.sum().item()} kept positions have the lowest rank "
-            "of all: among equals, the first are kept"
-        )
-
-
 # -- what the terminal shows -----------------------------------------------------------
 
 
@@ -969,40 +1011,6 @@ def show(text):
         print(end="", flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-SHOWN = (  # in the terminal, before what a measure_fn of your own adds
-    "step",
-    "loss",
-    "kl_all",
-    "entropy",
-    "divergence",
-    "compatibility",
-    "mean_length",
-    "truncated",
-    "seconds",
-)
-
-
-def log(path, line, steps):  # {name: number}
-    """Append a line to the log. About ten of all steps are printed as a row, too."""
-    columns = list(SHOWN)
-    for name in line:  # what a measure_fn adds is there as NAME and as kept_NAME
-        if f"kept_{name}" in line and name not in SHOWN:
-            columns += [name, f"kept_{name}"]
-    widths = {name: max(7, len(name)) for name in columns}
-    if not path.exists():  # this is the first row: before it, the heading
-        show("  ".join(f"{name:>{widths[name]}}" for name in columns))
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-    is_last = line["step"] + 1 == steps
-    is_tenth = line["step"] % max(1, steps // 10) == 0
-    if is_last or is_tenth:
-        cells = []
-        for name in columns:
-            cells.append(f"{line[name]:{widths[name]}.4g}")
-        show("  ".join(cells))
 
 
 def warn(message):
@@ -1017,43 +1025,7 @@ def describe(error):  # in one line, with its type unless the text is our own
 # -- models ----------------------------------------------------------------------------
 
 
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
-
-
-def never_sampled(pair):  # -> token ids
-    """The student's outputs that its teacher lacks, except those that end a response.
-
-    With one tokenizer, Qwen2.5 models have 151,936 or 152,064 outputs. An end may be
-    drawn even there: `rollout` writes it down as the end that both models know.
-    """
-    student_outputs = len(pair.student.get_output_embeddings().weight)
-    beyond = range(pair.vocab_size, student_outputs)
-    return [token for token in beyond if token not in pair.end_ids]
-
-
-def generate_with_only(settings, model, ids, attention):
-    """model.generate() with these settings, and none of the checkpoint's own.
-
-    A checkpoint may bring a generation config (top_k=20, a repetition penalty, ...). It
-    would fill in whatever `settings` leave open, so it is taken away for the call.
-    """
-    model.eval()
-    own_config = model.generation_config
-    model.generation_config = settings
-    try:
-        with bf16_on_gpu():
-            return model.generate(
-                ids, attention_mask=attention, generation_config=settings
-            )
-    finally:
-        model.generation_config = own_config
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(flag, path, dtype, device):  # -> model, tokenizer
@@ -1152,9 +1124,6 @@ def check_logits(model):
                 f"the logits of this {config.model_type} model, {what} under left "
                 "padding, are not its own; choose another family"
             )
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_pair(student_path, teacher_path, temperature=1.0, device=DEVICE):  # -> Pair
@@ -1287,7 +1256,6 @@ def read_prompts(path, pair, max_new_tokens):
     )
     examples = []
     ignored = set()
-    several_numbers = None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -1312,15 +1280,10 @@ def read_prompts(path, pair, max_new_tokens):
 
         used = CHAT_KEYS if "messages" in record else {"prompt", "answer"}
         ignored |= set(record) - used
-        if several_numbers is None and answer and to_number(answer) is None:
-            if len(re.findall(NUMBER, answer)) > 1:
-                several_numbers = place
         examples.append({"prompt": prompt, "answer": answer})
 
     if ignored:
         warn(f"{path}: these keys are not used: {', '.join(sorted(ignored))}")
-    if several_numbers:
-        warn(f"{several_numbers}: the answer has several numbers; compared as words")
     return examples
 
 
@@ -1707,6 +1670,11 @@ def check_demo():
 # ======================================================================================
 
 
+def fail(message, status=2):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
 def parse_args(argv=None, parser=None):
     """The flags of opd.py, and those that `parser` brings along."""
     if parser is None:
@@ -1822,10 +1790,10 @@ def main(args, method=None, measure_fn=measure):
     before = evaluate(pair, held_out, args)
     try:
         train(pair, training, args, out, resumed, method, measure_fn)
-    except (KeyboardInterrupt, FloatingPointError) as stop:
+    except (KeyboardInterrupt, FloatingPointError):
         save(pair, out / "student")
-        text = str(stop) or "interrupted"
-        raise type(stop)(f"{text}; the student as it is now is in {out / 'student'}")
+        warn(f"stopped; the student, as it is now, is in {out / 'student'}")
+        raise
     save(pair, out / "student")
     after = evaluate(pair, held_out, args)
 
@@ -1850,11 +1818,6 @@ def main(args, method=None, measure_fn=measure):
     )
 
 
-def fail(message, status=2):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
 def run(program, *arguments):
     """Call the program. What stops it from outside gets one line and no traceback."""
     transformers.logging.disable_progress_bar()  # also of saving the demo's models
@@ -1863,8 +1826,8 @@ def run(program, *arguments):
             stream.reconfigure(errors="replace")
     try:
         program(*arguments)
-    except KeyboardInterrupt as stop:
-        fail(str(stop) or "interrupted; what had been saved is intact", 130)
+    except KeyboardInterrupt:
+        fail("interrupted; what had been saved is intact", 130)
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --micro-batch-size, then --batch-size", 1)
     except (FloatingPointError, OSError) as error:

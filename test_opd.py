@@ -1964,8 +1964,8 @@ def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch
 @pytest.mark.parametrize(
     "name", ["reverse_kl", "entropy", "divergence", "compatibility"]
 )
-def test_measuring_less_than_measure_is_refused_before_the_first_update(
-    run, tmp_path, name, own_rule
+def test_what_a_measure_of_ones_own_leaves_out_is_missed_only_where_it_is_used(
+    run, name, own_rule
 ):
     def measure_too_little(student_logits, teacher_logits, k, tokens):
         scores = opd.measure(student_logits, teacher_logits, k, tokens)
@@ -1975,9 +1975,14 @@ def test_measuring_less_than_measure_is_refused_before_the_first_update(
     def my_rule(scores, mask):
         return torch.rand(mask.shape)
 
-    with pytest.raises(ValueError, match=f"measure_fn returned no {name}"):
-        run("out", method=my_rule if own_rule else None, measure_fn=measure_too_little)
-    assert not (tmp_path / "out" / "log.jsonl").exists()
+    method = my_rule if own_rule else None
+    # kl_all is the mean of reverse_kl, and teachability the product of D and C.
+    if name == "reverse_kl" or (name != "entropy" and not own_rule):
+        with pytest.raises(KeyError, match=name):
+            run("out", method=method, measure_fn=measure_too_little)
+    else:
+        for line in run("out", method=method, measure_fn=measure_too_little):
+            assert name not in line and "kl_all" in line
 
 
 def test_a_measure_of_several_numbers_is_refused(run):
@@ -2446,11 +2451,15 @@ def test_held_out_prompts_are_evaluated_and_all_others_trained_in_turn(
     assert steps[0] + steps[1] != list(range(3, 11))  # shuffled
 
 
-def test_the_prompts_of_a_step_come_in_the_shuffled_order_and_begin_again():
-    examples = [{"prompt": [i]} for i in range(5)]
-    order = [3, 0, 4, 1, 2]
-    found = [opd.prompts_of_step(examples, order, step, 3) for step in range(3)]
-    assert found == [[[3], [0], [4]], [[1], [2], [3]], [[0], [4], [1]]]
+def test_after_the_last_prompt_a_batch_goes_on_with_the_first(run, monkeypatch):
+    calls = recorded_rollouts(monkeypatch)
+    run("out", "--batch-size", 3, "--steps", 5)  # 8 prompts are trained on
+    prompts = []
+    for batch, _ in calls:
+        prompts += [tuple(ids) for ids in batch]
+    trained = prompts[4:-4]  # without the evaluations
+    assert len(trained) == 15 and len(set(trained[:8])) == 8
+    assert trained[8:] == trained[:7]
 
 
 def test_a_prompt_that_the_file_repeats_among_the_held_out_is_not_trained_on(
@@ -2558,16 +2567,20 @@ def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
 
     monkeypatch.setattr(opd, "rollout", interrupted)
     student = tmp_path / "out" / "student"
-    with one_line(capsys, str(student), status=130):
+    with pytest.raises(SystemExit) as stop:
         opd.run(run, "out")
+    assert stop.value.code == 130
+    warning, error = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert warning == f"warning: stopped; the student, as it is now, is in {student}"
+    assert error == "error: interrupted; what had been saved is intact"
     assert not same_weights(store / "qwen3-student", student)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_saves(
     run, tmp_path, capsys
 ):
     more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
-    with one_line(capsys, r"step \d+: loss.*--lr.*student", status=1):
+    with one_line(capsys, "loss.*no step was taken; lower --lr", status=1):
         opd.run(run, "out", *more)
     assert weights_of(tmp_path / "out" / "step-1")
 
@@ -3312,20 +3325,6 @@ def test_answers_may_be_json_numbers(loaded, tmp_path):
         assert opd.is_right(response, example["answer"])
 
 
-def test_that_an_answer_has_several_numbers_is_said_once(loaded, tmp_path, capsys):
-    pair = loaded
-    capsys.readouterr()
-    single = ("7", "3/4", "1 234", "Apollo 11", "Paris")
-    records = [{"prompt": "w5", "answer": answer} for answer in single]
-    read(tmp_path, pair, *records)
-    assert capsys.readouterr().err == ""
-    records += [{"prompt": "w5", "answer": "(3, 4)"}] * 2
-    read(tmp_path, pair, *records)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "p.jsonl, line 6: the answer has several numbers" in error
-
-
 @pytest.mark.parametrize(
     "response,answer,right",
     [
@@ -3722,7 +3721,7 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
 
 
 def data_of(gains, **kept):  # with groups {name: bool} for columns of `kept`
-    return diagnose.Data(gains, z={}, ascending={}, kept=kept, thirds={}, quarters={})
+    return diagnose.Data(gains, z={}, ascending={}, groups=kept)
 
 
 def bootstrapped(table_of, context, count, seed):  # -> the rows of one table
@@ -3880,15 +3879,15 @@ def test_mean_gains_are_those_worked_out_by_hand():
         "none": np.zeros(5, dtype=bool),
     }
     data = diagnose.at_positions(data_of(gains, **groups), np.array([0, 1, 2, 3]))
-    found = diagnose.mean_gains(data, data.kept["all"])
+    found = diagnose.mean_gains(data, data.groups["all"])
     assert found == {"forward_kl": 4, "reverse_kl": 5.25, "overlap": 0}
-    found = diagnose.mean_gains(data, data.kept["some"], ["reverse_kl"])
+    found = diagnose.mean_gains(data, data.groups["some"], ["reverse_kl"])
     assert found == {"reverse_kl": 7.5}
-    found = diagnose.mean_gains(data, data.kept["none"])
+    found = diagnose.mean_gains(data, data.groups["none"])
     assert np.isnan(list(found.values())).all()
     # A position that was drawn twice counts twice.
     twice = diagnose.at_positions(data_of(gains, **groups), np.array([0, 3, 3]))
-    assert diagnose.mean_gains(twice, twice.kept["all"])["forward_kl"] == 7
+    assert diagnose.mean_gains(twice, twice.groups["all"])["forward_kl"] == 7
 
 
 def test_a_draw_without_members_has_no_mean_gain_and_does_not_count():
@@ -3898,7 +3897,7 @@ def test_a_draw_without_members_has_no_mean_gain_and_does_not_count():
     assert any(0 not in at for at in drawn(context, 50, seed=0))
 
     def make_tables(data):
-        return {"title": {"row": diagnose.mean_gains(data, data.kept["group"])}}
+        return {"title": {"row": diagnose.mean_gains(data, data.groups["group"])}}
 
     found = diagnose.bootstrap(make_tables, data, context, 50, seed=0)
     expected = {"value": 1.5, "low": 1.5, "high": 1.5}
@@ -4023,7 +4022,8 @@ def kept_at(share):  # -> title
 
 
 def tabulated(before, after, _, args):  # -> {title: rows}
-    tables = diagnose.all_tables(before, after, args, decode_number)
+    gains = diagnose.gains_of(before, after)
+    tables = diagnose.all_tables(before, after, gains, args, decode_number)
     return {table["title"]: table["rows"] for table in tables}
 
 
@@ -4291,15 +4291,19 @@ def test_every_method_keeps_as_many_positions_as_opd_select_would(method):
     # a response without one there is nothing here: 7 of 25 contexts have one at most.
     before, *_ = made_up(0.0, contexts=25, each=4)
     for budget, expected in ((0.07, 7), (0.29, 29), (0.001, 1), (1, 100)):
-        kept = diagnose.kept_by(method, before, 16, budget, seed=0)
+        scores = diagnose.of_k(before, 16)
+        kept = diagnose.kept_by(method, scores, budget, torch.Generator())
         assert kept.sum() == (100 if method == "full" else expected)
 
 
 def test_what_is_kept_by_chance_depends_on_the_seed():
     before, *_ = made_up(0.0, contexts=20, each=10)
-    one = diagnose.kept_by("random", before, 16, 0.1, seed=1)
-    two = diagnose.kept_by("random", before, 16, 0.1, seed=2)
-    assert (one != two).any()
+    features = diagnose.make_features(before, 16)
+    one = diagnose.make_groups(before, features, 16, seed=1)
+    two = diagnose.make_groups(before, features, 16, seed=2)
+    for budget in (0.05, 0.1):
+        assert (one["random", budget] != two["random", budget]).any()
+        assert (one["tip", budget] == two["tip", budget]).all()
 
 
 def test_overlap_is_the_probability_that_both_models_agree_on():
@@ -4753,7 +4757,7 @@ def test_bad_input_to_the_diagnostic_gets_one_line(store, measured, tmp_path, ca
     put(tmp_path / "other", model_of("qwen3"), tokenizer_of(V - 1))
     for flag, value, says in (
         ("--contexts", 2, "--contexts"),
-        ("--contexts", 4, "4 is less than 5"),
+        ("--contexts", 4, "--contexts 4: give 5 or more"),
         ("--bootstrap", 0, "--bootstrap"),
         ("--resume", tmp_path, "--after"),
         ("--after", tmp_path / "none", "--after"),
@@ -4790,7 +4794,7 @@ def test_training_is_full_and_keeps_held_out_prompts_unless_told_otherwise(
     args = parsed()
     assert args.select == "full"
     assert args.contexts == args.eval_prompts == 192
-    assert args.ks == [8, 16, 32]
+    assert args.ks == [16, 8, 32]
     assert args.bootstrap == 1000
     assert parsed("--contexts", 5, "--eval-prompts", 6).eval_prompts == 6
     assert parsed("--after", "student").eval_prompts == 4
@@ -4826,8 +4830,8 @@ def test_the_page_shows_a_hostile_token_and_does_not_run_it():
     before, after, _, args = made_up(0.0, contexts=5, each=40)
     args.bootstrap = 20
     before["student_choice_1"] = before["teacher_choice_1"] = before["token"]
-    tables = diagnose.all_tables(before, after, args, decode)
     gains = diagnose.gains_of(before, after)
+    tables = diagnose.all_tables(before, after, gains, args, decode)
     responses = diagnose.token_map([[1]] * 5, before, gains, 16, decode)
     page = diagnose.as_page(tables, hostile, responses)
 
