@@ -44,6 +44,7 @@ import random
 import re
 import sys
 import time
+import warnings
 from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
@@ -116,7 +117,7 @@ def simple_step(
 
 # ======================================================================================
 # 2. The mathematics: pure functions of logits. Those in half precision are cast to
-#    float32 first. Copy parts 1 and 2 freely: they need math, numpy and torch, no more.
+#    float32 first. Copy parts 1 and 2 freely: they need math, warnings, numpy, torch.
 #    For example, from the logits [B, R, V] of two models to the most teachable tenth:
 #
 #      scores = measure(student_logits, teacher_logits)
@@ -124,7 +125,7 @@ def simple_step(
 #      keep = select(rank("teachability", scores, mask), mask, budget=0.1)
 #
 #    (K is 16 here. It must be smaller than V, or all ranks are 0: see `compatibility`.
-#    For a single response, [R, V], give logits[None].)
+#    The logits [R, V] of a single response become a batch by logits[None].)
 # ======================================================================================
 
 
@@ -167,15 +168,15 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
 
-    # True at the top K tokens of either model.
-    in_union = torch.zeros_like(student_logits, dtype=torch.bool)  # [..., V]
-    in_union.scatter_(-1, student_logits.topk(k).indices, True)
-    in_union.scatter_(-1, teacher_logits.topk(k).indices, True)
+    # True at all tokens but the top K of either model.
+    outside = torch.ones_like(student_logits, dtype=torch.bool)  # [..., V]
+    outside.scatter_(-1, student_logits.topk(k).indices, False)
+    outside.scatter_(-1, teacher_logits.topk(k).indices, False)
 
-    # Outside U a logit of -1e30 makes the probability 0, so that the softmax is over U
+    # A logit of -1e30 makes the probability 0 there, so that the softmax is over U
     # alone. (Not -inf: below, an infinity minus an infinity would be nan.)
-    logp = student_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
-    logq = teacher_logits.float().masked_fill(~in_union, -1e30).log_softmax(-1)
+    logp = student_logits.float().masked_fill(outside, -1e30).log_softmax(-1)
+    logq = teacher_logits.float().masked_fill(outside, -1e30).log_softmax(-1)
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
@@ -201,8 +202,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def measure(student_logits, teacher_logits, k=16, tokens=None):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V].
 
-    `tokens` [...] are those that the student wrote. They are for functions of your own,
-    in place of this one.
+    `tokens` [...] are those that the student wrote. They are not used here; a function
+    of your own in place of this one gets them, too.
     """
     return {
         # The loss of full on-policy distillation. Its mean is the curve to watch.
@@ -292,14 +293,15 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions.
 
-    Ties go to the earlier position, row by row from the first response. Then each
-    response of which nothing was kept gets its best position, which may exceed the
-    budget. With a budget of .4, and N = 5:
+    Ties go to the earlier position, row by row from the first response; if they are at
+    the lowest rank, there is a warning. Then each response of which nothing was kept
+    gets its best position, which may exceed the budget. With a budget of .4, and N = 5:
 
       ranks  [[.9, .7, .1],      keep  [[True,  True, False],    2 of 5: the best
               [.2, .3, padding]]       [False, True, False]]     its response's best
 
-    ValueError for a budget outside (0, 1], and for ranks of another shape.
+    ValueError for a budget outside (0, 1], for ranks of another shape, or True and
+    False in place of numbers. FloatingPointError for nan.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -309,13 +311,21 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
             "ranks and mask must both be [B, R] (for a single response [1, R]), got "
             f"{list(ranks.shape)} and {list(mask.shape)}"
         )
+    if ranks.dtype == torch.bool:
+        raise ValueError("ranks must be numbers; multiply True and False by some rank")
     valid_ranks = ranks[mask]  # [N] without padding, row by row
+    if valid_ranks.isnan().any():
+        raise FloatingPointError("nan among the ranks: was the learning rate too high?")
 
     # Rounded first: 0.07 * 100 is 7.000000000000001 in floats, and its ceiling is 8.
     number = max(1, math.ceil(round(budget * len(valid_ranks), 6)))
     best_first = valid_ranks.sort(descending=True, stable=True).indices
     is_best = torch.zeros_like(valid_ranks, dtype=torch.bool)
     is_best[best_first[:number]] = True
+    if number < len(valid_ranks):
+        last_kept = best_first[number - 1]
+        if valid_ranks[last_kept] == valid_ranks.min():
+            warnings.warn("too many have the lowest rank: of these, the first are kept")
 
     keep = torch.zeros_like(mask)
     keep[mask] = is_best  # back to their places in the batch
@@ -491,32 +501,10 @@ def response_mask(is_end):  # [B, R] bool -> [B, R] bool
     return ends_before == 0
 
 
-def length_limit(pair):  # -> tokens of prompt and response together
-    limit = math.inf
-    for model in (pair.student, pair.teacher):
-        config = model.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            length = getattr(config, name, None)
-            if length and length > 0:
-                limit = min(limit, length)
-    return limit
-
-
-def check_prompts(pair, prompts, max_new_tokens):
-    for prompt in prompts:
-        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
-            raise ValueError(
-                "give a list of prompts; each must be a list of token ids, not "
-                f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
-            )
-        limit = length_limit(pair)
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(f"the models take {limit} tokens, with the prompt")
-
-
 def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
     """The student samples a response to each prompt."""
-    check_prompts(pair, prompts, max_new_tokens)
+    for prompt in prompts:
+        check_prompt(pair, prompt, max_new_tokens)
     ids, attention = pad_left(prompts, pair.student.device)  # [B, P] each
     responses = sample(pair, ids, attention, max_new_tokens)  # [B, R]
 
@@ -732,43 +720,6 @@ def summarize(scores, batch, keep):  # -> {name: number}, for the log
     }
 
 
-def own_ranks(method, scores, mask):  # {name: [B, R]}, [B, R] bool -> [B, R]
-    """The ranks of a function of your own. ValueError if they cannot be used."""
-    try:
-        ranks = torch.as_tensor(method(scores, mask))
-    except KeyError as error:
-        raise ValueError(
-            f"a method failed with KeyError {error}; measured are "
-            f"{', '.join(scores)}. Is a measure_fn missing?"
-        ) from error
-    if ranks.shape != mask.shape:
-        raise ValueError(
-            "a method must return a number for each position, a tensor "
-            f"{list(mask.shape)}; this one returned {list(ranks.shape)}"
-        )
-    if ranks.dtype == torch.bool:
-        raise ValueError(
-            "a method must return numbers to rank by, not True and False: among "
-            "equals, the first positions are kept. Multiply by a rank"
-        )
-    if ranks[mask].isnan().any():
-        raise ValueError("a method must return numbers, and this one returned nan")
-    return ranks
-
-
-def warn_of_ties(ranks, mask, keep):  # [B, R] each
-    """A warning if many positions are kept only because they come first."""
-    lowest = (ranks == ranks[mask].min()) & mask
-    number = lowest.sum().item()
-    number_kept = (lowest & keep).sum().item()
-    # Of each response one is kept in any case, whatever its rank.
-    if len(mask) < number_kept < number:
-        warn(
-            f"{number_kept} of {keep.sum().item()} kept positions have the lowest rank "
-            "of all: among equals, the first are kept"
-        )
-
-
 def train_step(
     pair,
     optimizer,
@@ -802,13 +753,12 @@ def train_step(
     else:
         # 3. Rank.
         if callable(method):
-            ranks = own_ranks(method, scores, batch.mask)  # [B, R]
+            ranks = method(scores, batch.mask)  # [B, R], by your own function
         else:
             ranks = rank(method, scores, batch.mask, generator)  # [B, R]
 
         # 4. Select.
         keep = select(ranks, batch.mask, budget)  # [B, R] bool
-        warn_of_ties(ranks, batch.mask, keep)
 
     # 5. Update: the student reads once more, now with a gradient.
     loss, norm = update(
@@ -1247,36 +1197,18 @@ def read_prompts(path, pair, max_new_tokens):
             f"--prompts {path} is not UTF-8 text (UTF-16, or compressed?): {error}"
         ) from error
 
-    tokenizer = pair.tokenizer
-    limit = length_limit(pair)
-    room = limit - max_new_tokens
-    known_ids = min(
-        len(pair.student.get_input_embeddings().weight),
-        len(pair.teacher.get_input_embeddings().weight),
-    )
     examples = []
     ignored = set()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
         try:
             record = json.loads(line)
-            prompt = tokenize_prompt(record, tokenizer)
+            prompt = tokenize_prompt(record, pair.tokenizer)
+            check_prompt(pair, prompt, max_new_tokens)
             answer = read_answer(record)
         except Exception as error:  # a chat template may raise anything
-            raise InputError(f"{place}: {describe(error)}") from error
-
-        if not prompt:
-            raise InputError(f"{place}: the prompt has no token")
-        if len(prompt) > room:
-            raise InputError(
-                f"{place}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
-                f"{max_new_tokens} that is more than the {limit} that the models take"
-            )
-        if max(prompt) >= known_ids:
-            token = tokenizer.convert_ids_to_tokens(max(prompt))
-            raise InputError(f"{place}: one of the models does not know {token!r}")
+            raise InputError(f"{path}, line {number}: {describe(error)}") from error
 
         used = CHAT_KEYS if "messages" in record else {"prompt", "answer"}
         ignored |= set(record) - used
@@ -1318,6 +1250,29 @@ def tokenize_prompt(record, tokenizer):  # one object of the prompts file -> tok
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
         ids = ids[:-1]
     return ids
+
+
+def check_prompt(pair, prompt, max_new_tokens):  # of a file, or handed to `rollout`
+    """InputError unless both models can read it, and the response, too."""
+    if not isinstance(prompt, list) or (prompt and not isinstance(prompt[0], int)):
+        raise InputError(
+            "give a list of prompts; each must be a list of token ids, not "
+            f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
+        )
+    if not prompt:
+        raise InputError("the prompt has no token")
+    for model in (pair.student, pair.teacher):
+        config = model.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            limit = getattr(config, name, None)
+            if limit and 0 < limit < len(prompt) + max_new_tokens:
+                raise InputError(
+                    f"the prompt has {len(prompt)} tokens; with --max-new-tokens "
+                    f"{max_new_tokens} that is more than the {limit} of the models"
+                )
+        if max(prompt) >= len(model.get_input_embeddings().weight):
+            token = pair.tokenizer.convert_ids_to_tokens(max(prompt))
+            raise InputError(f"one of the models does not know {token!r}")
 
 
 def check_messages(messages):

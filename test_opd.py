@@ -34,6 +34,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -1035,7 +1036,7 @@ def test_each_pure_function_runs_alone_when_pasted():
     }
     for name in arguments:
         # The imports, and no other function.
-        alone = {"torch": torch, "math": math, "numpy": np}
+        alone = {"torch": torch, "math": math, "warnings": warnings, "numpy": np}
         text = re.search(rf"^def {name}\(.*?(?=^\S|\Z)", source, re.M | re.S)[0]
         exec(text, alone)
         found = alone[name](*arguments[name])
@@ -1045,7 +1046,7 @@ def test_each_pure_function_runs_alone_when_pasted():
 def test_parts_1_and_2_as_a_whole_run_when_pasted_into_a_notebook(long_pair):
     source = Path(opd.__file__).read_text()
     parts = source[source.index("# 1. One training") : source.index("# 3. The same")]
-    pasted = {"torch": torch, "math": math, "numpy": np}
+    pasted = {"torch": torch, "math": math, "warnings": warnings, "numpy": np}
     exec(parts, pasted)
     s, t = logits(4, 9, 30), logits(4, 9, 30, seed=1)
     mask = torch.ones(4, 9) > 0
@@ -2019,7 +2020,7 @@ def test_a_rollout_longer_than_the_models_take_is_refused(store):
     pair = load(store)
     limit = pair.student.config.max_position_embeddings
     opd.rollout(pair, [[5, 6]], 3)
-    with pytest.raises(ValueError, match=f"the models take {limit} tokens"):
+    with pytest.raises(ValueError, match=f"more than the {limit} of the models"):
         opd.rollout(pair, [[5, 6]], limit - 1)
 
 
@@ -2126,60 +2127,55 @@ def test_ranks_of_another_shape_than_the_mask_are_refused_by_select(shape):
         opd.select(torch.rand(shape), torch.ones(1, 6) > 0, 0.5)
 
 
-@pytest.mark.parametrize("wrong", ["nan", "shape"])
-def test_a_rule_that_gives_no_number_for_a_position_is_refused(run, wrong):
-    def my_rule(scores, mask):
-        if wrong == "nan":
-            return scores["entropy"] / 0 * 0
+def test_a_rule_of_another_shape_is_refused_and_nan_stops_a_run(run):
+    def by_part_of_it(scores, mask):
         return scores["entropy"][:, 1:]
 
-    with pytest.raises(ValueError, match="^a method must return.*this one returned"):
-        run("out", method=my_rule)
+    def by_nothing(scores, mask):
+        return scores["entropy"] / 0 * 0
+
+    with pytest.raises(ValueError, match="ranks and mask must both be"):
+        run("shape", method=by_part_of_it)
+    with pytest.raises(FloatingPointError, match="nan among the ranks"):
+        run("nan", method=by_nothing)
 
 
-def test_a_rule_may_return_an_array_of_numpy(run, tmp_path):
-    def by_entropy(scores, mask):
-        return scores["entropy"].numpy()
-
-    run("array", method=by_entropy)
-    for line in log_of_run(tmp_path / "array"):
-        assert line["kept_entropy"] > line["entropy"]
-
-
-def test_ranks_that_are_all_alike_get_a_warning(run, capsys):
-    def my_rule(scores, mask):
-        return torch.ones_like(scores["entropy"])
-
-    run("out", "--steps", 1, method=my_rule)
-    says = r"warning: (\d+) of \1 kept positions have the lowest rank of all: among"
-    assert re.search(says, capsys.readouterr().err)
-    run("full", "--steps", 1, "--select", "full")
-    assert "warning" not in capsys.readouterr().err
+def warnings_of_select(ranks, mask, budget):  # -> how many
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opd.select(ranks, mask, budget)
+    for warning in caught:
+        assert "the lowest rank: of these, the first are kept" in str(warning.message)
+    return len(caught)
 
 
-def test_positions_that_are_kept_though_they_rank_lowest_get_a_warning(capsys):
+def test_positions_that_are_kept_though_they_rank_lowest_get_a_warning():
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[1, 6:] = False
     ranks = torch.zeros(2, 8)
     ranks[0, 2] = ranks[1, 3] = 1.0
-    for budget, warned in ((0.5, "5 of 7"), (0.1, ""), (1, "")):
-        keep = opd.select(ranks, mask, budget)  # of 14: 7, 2 and all
-        opd.warn_of_ties(ranks, mask, keep)
-        printed = capsys.readouterr().err
-        assert warned in printed
-        assert bool(warned) == ("lowest rank" in printed)
+    # Of 14 positions: 7, 3, 2 and all.
+    for budget, expected in ((0.5, 1), (3 / 14, 1), (2 / 14, 0), (1, 0)):
+        assert warnings_of_select(ranks, mask, budget) == expected
 
-    # That one of each response is kept is no reason for a warning.
+    # That one of each response is kept is no reason for a warning, nor are ties above.
     ranks[1] = 0
-    keep = opd.select(ranks, mask, 0.01)
-    assert places(keep) == {(0, 2), (1, 0)}
-    opd.warn_of_ties(ranks, mask, keep)
-    assert capsys.readouterr().err == ""
+    assert warnings_of_select(ranks, mask, 0.01) == 0
+    assert warnings_of_select(torch.tensor([[0.0, 0.5, 0.5]]), mask[:1, :3], 0.3) == 0
+
+
+def test_a_rule_that_ranks_nothing_warns_in_training(run):
+    def my_rule(scores, mask):
+        return torch.ones_like(scores["entropy"])
+
+    with pytest.warns(UserWarning, match="too many have the lowest rank"):
+        run("out", "--steps", 1, method=my_rule)
 
 
 @pytest.mark.parametrize("prompt", ["text", torch.tensor([5, 6]), [], ["w5"]])
 def test_a_prompt_that_is_no_list_of_token_ids_is_refused(store, prompt):
-    with pytest.raises(ValueError, match="must be a list of token ids"):
+    says = "the prompt has no token" if prompt == [] else "must be a list of token ids"
+    with pytest.raises(ValueError, match=says):
         opd.rollout(load(store), [[5, 6], prompt], 4)
 
 
@@ -2580,7 +2576,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_saves(
     run, tmp_path, capsys
 ):
     more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
-    with one_line(capsys, "loss.*no step was taken; lower --lr", status=1):
+    with one_line(
+        capsys,
+        "(loss.*no step was taken|nan among the ranks).*(lower --lr|too high)",
+        status=1,
+    ):
         opd.run(run, "out", *more)
     assert weights_of(tmp_path / "out" / "step-1")
 
@@ -3137,6 +3137,12 @@ def test_a_save_with_a_flag_that_is_no_more_is_refused_with_the_flag():
 # ---- How long prompt and response may be
 
 
+def check_limit(pair, limit):
+    opd.check_prompt(pair, [5, 6], limit - 2)
+    with pytest.raises(ValueError, match=f"2 tokens.*more than the {limit} of the mod"):
+        opd.check_prompt(pair, [5, 6], limit - 1)
+
+
 @pytest.mark.parametrize(
     "name,config",
     [
@@ -3145,29 +3151,35 @@ def test_a_save_with_a_flag_that_is_no_more_is_refused_with_the_flag():
         ("max_seq_len", transformers.MptConfig),
     ],
 )
-def test_the_length_limit_is_found_under_each_of_its_names(name, config):
-    def model_with(length):
-        model = torch.nn.Module()
-        model.config = config(**{name: length})
-        return model
-
-    pair = opd.Pair(model_with(99), model_with(40), None, [], V, 1.0)
-    assert opd.length_limit(pair) == 40
-    assert opd.length_limit(pair._replace(teacher=model_with(99))) == 99
+def test_the_length_limit_is_found_under_each_of_its_names(store, name, config):
+    pair = load(store)
+    pair.student.config = config(**{name: 99})
+    pair.teacher.config = config(**{name: 40})
+    check_limit(pair, 40)
+    pair.teacher.config = config(**{name: 99})
+    check_limit(pair, 99)
 
 
 def test_the_length_limit_of_a_nested_config_is_found(store):
     text = {"max_position_embeddings": 30, "hidden_size": 16}
     pair = load(store)
     pair.teacher.config = transformers.Gemma3Config(text_config=text)
-    assert opd.length_limit(pair) == 30
+    check_limit(pair, 30)
 
 
 def test_no_length_limit_is_no_limit(store):
     pair = load(store)
     for model in (pair.student, pair.teacher):
         model.config = transformers.BloomConfig()
-    assert opd.length_limit(pair) == math.inf
+    opd.check_prompt(pair, [5, 6], 10**9)
+
+
+def test_a_prompt_with_a_token_that_a_model_does_not_know_is_refused(store):
+    pair = load(store)
+    known = len(pair.student.get_input_embeddings().weight)
+    opd.rollout(pair, [[known - 1]], 2)
+    with pytest.raises(ValueError, match="one of the models does not know"):
+        opd.rollout(pair, [[5], [known]], 2)
 
 
 # ======================================================================================
@@ -3305,7 +3317,7 @@ def test_a_prompt_and_its_response_may_just_fill_the_models_length(loaded, tmp_p
     (example,) = read(tmp_path, loaded, record)
     assert len(example["prompt"]) == 58
     record["prompt"] += " w5"
-    with pytest.raises(ValueError, match="line 1: .* 59 tokens; .* 6 .* the 64 that"):
+    with pytest.raises(ValueError, match="line 1: .* 59 tokens; .* 6 .* the 64 of"):
         read(tmp_path, loaded, record)
 
 
@@ -5341,16 +5353,8 @@ def test_a_rule_that_returns_true_and_false_is_refused(run):
     def unsure(scores, mask):
         return scores["entropy"] > 1
 
-    with pytest.raises(ValueError, match="numbers to rank by, not True and False"):
+    with pytest.raises(ValueError, match="must be numbers; multiply True"):
         run("out", method=unsure)
-
-
-def test_a_rule_that_asks_for_what_is_not_measured_is_told_so(run):
-    def sure(scores, mask):
-        return -scores["teacher_entropy"]
-
-    with pytest.raises(ValueError, match="KeyError 'teacher_entropy'; measured are"):
-        run("out", method=sure)
 
 
 def test_a_rule_with_the_name_of_another_is_refused(run):
