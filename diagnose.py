@@ -28,16 +28,8 @@ positions gain that each selection method would keep. Two rows of the demo (seed
 Over all positions, KL(student || teacher) fell by .196 nats on average; at the tenth
 that teachability would keep, by 1.930. In brackets are 95 % intervals.
 
-The second is a regression. It says what goes with a larger gain: more of the learnable
-part of the disagreement (D * C, both rescaled to [0, 1]), or more of the incompatible
-one, D * (1 - C)? The paper's hypothesis is that the first part is learned, and the
-second is not. A row of the demo, where it does not come out:
-
-                        learnable             incompatible
-  forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
-
-One standard deviation more of the incompatible part, all else being equal, goes with a
-gain in forward KL that is 1.014 standard deviations larger.
+The second asks what goes with a larger gain: more of the learnable part of the
+disagreement, or more of the incompatible one? `explain` makes it, and shows a row.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
 K of D and C is 16; the page has the main tables with 8 and with 32, too.
@@ -342,10 +334,12 @@ def ascending_ranks(values):  # [N] -> [N]
 
     10, 20, 20 get 1, 2.5, 2.5: the last two share the second and the third place.
     """
-    _, level, equals = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(equals)  # the last rank of each level of values
-    mean = last - (equals - 1) / 2
-    return mean[level]
+    ordered = np.sort(values)
+    lower = np.searchsorted(ordered, values, side="left")  # how many: 0, 1, 1
+    up_to = np.searchsorted(ordered, values, side="right")  # lower or equal: 1, 3, 3
+    first_place = lower + 1
+    last_place = up_to
+    return (first_place + last_place) / 2
 
 
 def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
@@ -422,11 +416,10 @@ def gain_of_kept(data, budget):
     return table
 
 
-# What the gain is predicted from: the two parts of D, which are in question, and three
-# controls, as in the paper. (An unsure student, say, or an early position may gain more
-# whatever the teacher wants, and the two parts must not get the credit for that.)
+# A linear regression predicts the gain from the two parts of D, which are in question,
+# and from three controls, as in the paper. (An unsure student, say, or an early position
+# may gain more whatever the teacher wants, and the two parts must not get the credit.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
-
 
 # The paper's baseline: D as a whole, also in product with the entropy. If that explains
 # as much, the split is worth nothing.
@@ -456,7 +449,17 @@ def least_squares(z, regressors, outcomes):  # -> {outcome: {regressor: slope}}
 
 
 def explain(data):
-    """Which part of the disagreement goes with the gain, learnable or incompatible?"""
+    """Which part of the disagreement goes with the gain, learnable or incompatible?
+
+    The paper's hypothesis is that the first is learned, and the second is not. A row of
+    the demo (seed 0), where that does not come out:
+
+                            learnable             incompatible
+      forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
+
+    One standard deviation more of the incompatible part, all else being equal, goes
+    with a gain in forward KL that is 1.014 standard deviations larger.
+    """
     table = {}
     for name, slopes in least_squares(data.z, REGRESSORS, ALL_GAINS).items():
         table[name] = {
