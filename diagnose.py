@@ -257,25 +257,6 @@ class Data(NamedTuple):
     groups: dict  # bool: is it in this group? The names are from `make_groups`
 
 
-def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
-    """InputError for a feature that is the same everywhere: it can explain nothing."""
-    gains = {**gains, "relative": relative_gain(before, gains)}
-    features = make_features(before, k)
-    for name, values in features.items():
-        if np.ptp(values) < 1e-12:
-            raise opd.InputError(
-                f"{name} is the same at all positions, so its share in the gain cannot "
-                "be found; use more contexts or longer responses"
-            )
-
-    z = {}
-    ascending = {}
-    for name, values in {**features, **gains}.items():
-        z[name] = zscore(values)
-        ascending[name] = ascending_ranks(values)
-    return Data(gains, z, ascending, make_groups(before, features, k, seed))
-
-
 def gains_of(before, after):  # -> {measure: [N]}
     """How much nearer to the teacher the student came."""
     return {
@@ -393,6 +374,25 @@ def make_groups(before, features, k, seed):  # -> {group: [N] bool}
     return groups
 
 
+def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
+    """InputError for a feature that is the same everywhere: it can explain nothing."""
+    gains = {**gains, "relative": relative_gain(before, gains)}
+    features = make_features(before, k)
+    for name, values in features.items():
+        if np.ptp(values) < 1e-12:
+            raise opd.InputError(
+                f"{name} is the same at all positions, so its share in the gain cannot "
+                "be found; use more contexts or longer responses"
+            )
+
+    z = {}
+    ascending = {}
+    for name, values in {**features, **gains}.items():
+        z[name] = zscore(values)
+        ascending[name] = ascending_ranks(values)
+    return Data(gains, z, ascending, make_groups(before, features, k, seed))
+
+
 # ======================================================================================
 # 4. The tables: plain numbers, {row: {column: number}}, from the data of n positions
 # ======================================================================================
@@ -417,8 +417,9 @@ def gain_of_kept(data, budget):
 
 
 # A linear regression predicts the gain from the two parts of D, which are in question,
-# and from three controls, as in the paper. (An unsure student, say, or an early position
-# may gain more whatever the teacher wants, and the two parts must not get the credit.)
+# and from three controls, as in the paper. (An unsure student, say, or an early
+# position may gain more whatever the teacher wants, and the two parts must not get the
+# credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
 
 # The paper's baseline: D as a whole, also in product with the entropy. If that explains

@@ -117,8 +117,10 @@ def simple_step(
 
 # ======================================================================================
 # 2. The mathematics: pure functions of logits. Those in half precision are cast to
-#    float32 first. Copy parts 1 and 2 freely: they need math, warnings, numpy, torch.
-#    For example, from the logits [B, R, V] of two models to the most teachable tenth:
+#    float32 first. Copy parts 1 and 2 freely; for example, to get from the logits
+#    [B, R, V] of two models to the most teachable tenth:
+#
+#      import math, warnings, numpy, torch
 #
 #      scores = measure(student_logits, teacher_logits)
 #      mask = torch.ones_like(scores["divergence"]).bool()  # no padding
@@ -168,12 +170,13 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
         raise ValueError(f"k must be 1 or more, got {k}")
     k = min(k, student_logits.shape[-1])
 
-    # True at all tokens but the top K of either model.
-    outside = torch.ones_like(student_logits, dtype=torch.bool)  # [..., V]
-    outside.scatter_(-1, student_logits.topk(k).indices, False)
-    outside.scatter_(-1, teacher_logits.topk(k).indices, False)
+    # True at the top K tokens of the one model, and of the other.
+    no_token = torch.zeros_like(student_logits, dtype=torch.bool)  # [..., V]
+    student_top = no_token.scatter(-1, student_logits.topk(k).indices, True)
+    teacher_top = no_token.scatter(-1, teacher_logits.topk(k).indices, True)
+    outside = ~(student_top | teacher_top)  # of U
 
-    # A logit of -1e30 makes the probability 0 there, so that the softmax is over U
+    # There, a logit of -1e30 makes the probability 0, so that the softmax is over U
     # alone. (Not -inf: below, an infinity minus an infinity would be nan.)
     logp = student_logits.float().masked_fill(outside, -1e30).log_softmax(-1)
     logq = teacher_logits.float().masked_fill(outside, -1e30).log_softmax(-1)

@@ -11,6 +11,7 @@ on, in place of all:
     sgd           all that it keeps, with plain gradient descent in place of AdamW
     sgd-teachable the same for what teachability keeps
     largest-loss  not divergence: a tenth by the loss itself, the reverse KL
+    largest-gradient  a tenth by the norm of the loss's gradient on the logits
 
 From the project's folder:
 
@@ -38,6 +39,7 @@ VARIANTS = (
     "sgd",
     "sgd-teachable",
     "largest-loss",
+    "largest-gradient",
 )
 
 
@@ -49,6 +51,10 @@ def train(variant, seed):
     def measure_more(student_logits, teacher_logits, k, tokens):
         scores = opd.measure(student_logits, teacher_logits, k, tokens)
         scores["is_gets"] = (tokens == gets).float()
+        logp = student_logits.log_softmax(-1)
+        logq = teacher_logits.log_softmax(-1)
+        gradient = logp.exp() * (logp - logq - scores["reverse_kl"][..., None])
+        scores["gradient"] = gradient.norm(dim=-1)
         return scores
 
     def divergence_without_gets(scores, mask):
@@ -57,6 +63,9 @@ def train(variant, seed):
 
     def largest_loss(scores, mask):
         return scores["reverse_kl"]
+
+    def largest_gradient(scores, mask):
+        return scores["gradient"]
 
     def train_on(batch, keep):  # in place of what is kept
         is_gets = batch.responses == gets
@@ -91,6 +100,8 @@ def train(variant, seed):
         method = divergence_without_gets
     if variant == "largest-loss":
         method = largest_loss
+    if variant == "largest-gradient":
+        method = largest_gradient
     if variant.startswith("sgd"):
         torch.optim.AdamW = sgd
         flags["lr"] = 0.1
