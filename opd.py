@@ -403,13 +403,10 @@ class Pair(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A batch of sampled responses, with padding before the prompts.
-
-    What stands after a response's end is padding, too: the mask is False there.
-    """
+    """A batch of sampled responses: prompts padded in front, responses at the end."""
 
     ids: torch.Tensor  # [B, P + R] prompt and response
-    attention: torch.Tensor  # [B, P + R] 0 on the padding, 1 elsewhere
+    attention: torch.Tensor  # [B, P + R] 0 in front of a prompt, else 1
     responses: torch.Tensor  # [B, R] the sampled token ids
     mask: torch.Tensor  # [B, R] bool, the valid positions: up to and with the first end
     truncated: torch.Tensor  # [B] bool, the length limit came first. For the log alone
@@ -435,16 +432,6 @@ def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P]
         ids.append([PADDING] * missing + prompt)
         attention.append([0] * missing + [1] * len(prompt))
     return torch.tensor(ids, device=device), torch.tensor(attention, device=device)
-
-
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-    including_emulation=False  # an old GPU's emulation is slower than float32
-)
-
-
-def bf16_on_gpu():
-    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
 def generate_with_only(settings, model, ids, attention):
@@ -517,7 +504,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids, responses], -1),
-        # Also 1 after an end: the models are causal, so nothing valid looks there.
+        # 1 even after an end: the models are causal, so nothing valid looks there.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
         mask=response_mask(is_end),
@@ -763,6 +750,8 @@ def train_step(
         # 4. Select.
         keep = select(ranks, batch.mask, budget)  # [B, R] bool
 
+    summary = summarize(scores, batch, keep)  # of the student before this update
+
     # 5. Update: the student reads once more, now with a gradient.
     loss, norm = update(
         pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_size
@@ -770,7 +759,7 @@ def train_step(
 
     return {
         "loss": loss,
-        **summarize(scores, batch, keep),
+        **summary,
         "rollout_seconds": rollout_seconds,
         "gradient_norm": norm,
     }
@@ -976,6 +965,16 @@ def describe(error):  # in one line, with its type unless the text is our own
 
 
 # -- models ----------------------------------------------------------------------------
+
+
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+    including_emulation=False  # an old GPU's emulation is slower than float32
+)
+
+
+def bf16_on_gpu():
+    """Matrix products in bf16 on a GPU that can; nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=BF16)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1966,7 +1966,7 @@ def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch
     "name", ["reverse_kl", "entropy", "divergence", "compatibility"]
 )
 def test_what_a_measure_of_ones_own_leaves_out_is_missed_only_where_it_is_used(
-    run, name, own_rule
+    run, monkeypatch, name, own_rule
 ):
     def measure_too_little(student_logits, teacher_logits, k, tokens):
         scores = opd.measure(student_logits, teacher_logits, k, tokens)
@@ -1976,11 +1976,20 @@ def test_what_a_measure_of_ones_own_leaves_out_is_missed_only_where_it_is_used(
     def my_rule(scores, mask):
         return torch.rand(mask.shape)
 
+    updates = []
+    real = opd.update
+
+    def update(*args):
+        updates.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(opd, "update", update)
     method = my_rule if own_rule else None
     # kl_all is the mean of reverse_kl, and teachability the product of D and C.
     if name == "reverse_kl" or (name != "entropy" and not own_rule):
         with pytest.raises(KeyError, match=name):
             run("out", method=method, measure_fn=measure_too_little)
+        assert not updates
     else:
         for line in run("out", method=method, measure_fn=measure_too_little):
             assert name not in line and "kl_all" in line
