@@ -1,9 +1,17 @@
 """Token-selective on-policy distillation (OPD) in one file.
 
 A language model, the student, learns from a better one, the teacher. On-policy means
-that the student writes the training text itself; the teacher only scores it, token by
-token. Not all that the two disagree about can be learned, so the student trains on the
-most teachable tokens alone ("Not All Disagreement Is Learnable", arXiv 2605.26844).
+that the student writes the training text itself, so that it is corrected where its own
+mistakes lead. The teacher only scores the text, token by token.
+
+The loss at a token is KL(student || teacher). It weighs each word by the probability
+that the student gives it. So it shifts probability among the words that the student
+considers. But towards a word that the student would hardly ever say, it has hardly any
+gradient, however much the teacher wants it. Not all that the two disagree about can be
+learned ("Not All Disagreement Is Learnable", arXiv 2605.26844). So the student trains
+on the most teachable tokens alone: those where the two disagree, but about words that
+the student considers. This saves no time, as both models still read all tokens. The
+hope is that a few good signals teach as much as all, or more.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
@@ -17,13 +25,14 @@ One training step:
 
   1. rollout  the student samples a response to each prompt
   2. score    at every position of the responses, compare both models' predictions:
-              entropy H: how unsure the student is (used by some other methods)
+              entropy H: how unsure the student is (for other methods: see `rank`)
               divergence D: how much the two disagree
               compatibility C: how much of what the teacher wants is among the
               student's own candidates
   3. rank     by teachability: D * C, after both are rescaled to [0, 1] over the batch
   4. select   keep the best tenth of the batch's positions (the `budget`); and on top of
-              that, the best position of each response that has none among them
+              that, the best position of each response that has none among them, so that
+              each prompt has a part in the step
   5. update   one optimizer step on the mean KL(student || teacher) of the kept ones
 
 The method is in parts 1 and 2: a step on one page, and its mathematics. Parts 3 and 4
@@ -106,7 +115,9 @@ def simple_step(
     # 4. Select: the best tenth.
     keep = select(ranks, mask, budget)  # [1, R] bool
 
-    # 5. Update: lower KL(student || teacher) there.
+    # 5. Update: lower KL(student || teacher) there. The response is held fixed: no
+    # gradient goes through the sampling. So a token is judged by its own KL alone, not
+    # by what becomes of the response after it.
     loss = reverse_kl(student_logits, teacher_logits)[keep].mean()
     optimizer.zero_grad()
     loss.backward()
@@ -162,9 +173,11 @@ def forward_kl(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...]
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
-    U is the union of S and T, the student's and the teacher's top K tokens. There, p
-    and q are renormalised, so that each sums to one. It is a forward KL, as D asks what
-    the teacher wants; the loss asks what the student says. ValueError for k < 1.
+    S and T are the student's and the teacher's top K tokens, U is their union. There, p
+    and q are renormalised, so that each sums to one. (The paper's teacher is a server,
+    which sends its top tokens only; with all tokens, D would be nearly the same.) It is
+    a forward KL, as D asks what the teacher wants; the loss asks what the student
+    says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -221,6 +234,8 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     """Each value x becomes clip((x - Q05) / (Q95 - Q05), 0, 1).
 
     Q05 and Q95 are the 5 % and the 95 % quantile of the values at all valid positions.
+    (With the minimum and the maximum in their place, one extreme value would press all
+    others together.)
 
     Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie, and
     `select` keeps the first. No gradient goes through it.
@@ -249,7 +264,7 @@ def soft_or(a, b):  # in [0, 1] each
 METHODS = (
     "full",  # all positions are kept, and nothing is ranked
     "teachability",
-    "teachability_entropy",
+    "teachability_entropy",  # also where the student is unsure
     "entropy",
     "divergence",
     "tip",
@@ -288,7 +303,7 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
         return h
     if method == "teachability_entropy":  # the paper's variant
         return soft_or(h, d * c)
-    if method == "tip":  # from arXiv 2604.14084
+    if method == "tip":  # the method TIP of arXiv 2604.14084
         return soft_or(h, d)
     raise ValueError(f"{method!r} does not rank; choose from {', '.join(METHODS[1:])}")
 
@@ -347,10 +362,11 @@ LOSSES = ("reverse_kl", "forward_kl", "sampled")
 def token_loss(loss_name, student_logits, teacher_logits, tokens):
     """The loss at each position, in nats: [..., V], [..., V], [...] -> [...].
 
-    "reverse_kl", "forward_kl", or "sampled", the policy gradient: -A log p(y) for the
-    sampled token y, with the advantage A = log q(y) - log p(y) held constant. Where the
-    teacher finds y likelier, A is above 0, and p(y) rises. Averaged over y, its
-    gradient is that of "reverse_kl". ValueError for another name.
+    "reverse_kl", "forward_kl", or "sampled", which looks at the sampled token y alone:
+    -A log p(y), with A = log q(y) - log p(y) held constant. Where the teacher finds y
+    likelier than the student does, A is above 0, and p(y) rises. (The paper's code has
+    this policy gradient. Averaged over y, it is the gradient of "reverse_kl": README,
+    section 3.) ValueError for another name.
     """
     if loss_name == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
@@ -726,9 +742,8 @@ def train_step(
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
     `method` is a name for `rank`, or "full", or a function of your own: method(scores,
-    mask) -> [B, R]. It may use what a measure_fn of your own measures, in place of
-    `measure`. `generator` is for "random". ValueError if yours return what cannot be
-    used.
+    mask) -> [B, R]. `measure_fn` takes the place of `measure`, if your method needs a
+    quantity more. `generator` is for "random".
     """
     # 1. Rollout: the student writes.
     started = time.time()
@@ -1451,6 +1466,11 @@ def check_state(state, args, examples):
 
 # ======================================================================================
 # 6. The demo's world: sums on a clock, a teacher that adds well, a student that slips
+#
+#    It has both kinds of disagreement, on purpose. At the results of sums the student
+#    is unsure, and the right one is among its candidates: there C is near 1, and the
+#    disagreement can be learned. At the word "gets" the teacher would rather say
+#    "obtains", which the student never learned to write: there C is low.
 # ======================================================================================
 
 PAIR = Path("runs/pair")
@@ -1633,7 +1653,10 @@ def fail(message, status=2):
 
 
 def parse_args(argv=None, parser=None):
-    """The flags of opd.py, and those that `parser` brings along."""
+    """The flags of opd.py, and those that `parser` brings along.
+
+    The defaults are for real models, with the paper's K, budget and learning rate.
+    """
     if parser is None:
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
