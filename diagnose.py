@@ -1,40 +1,54 @@
 """The fixed-context diagnostic: which disagreement did the student really learn?
 
-opd.py trains on tokens that it takes to be teachable. Were they? To find out, look at
-the same tokens twice, before training and after it:
+opd.py trains on tokens that it takes to be teachable. To find out which tokens are, let
+all of them be trained on, so that each has its chance, and look at the same text twice,
+before training and after it. (A new text would have other tokens: there would be
+nothing to compare.)
 
   1. sample_contexts   the student, before training, writes responses; a prompt with its
                        response is called a context
   2. measure_contexts  both models read them, and are compared at every position
-  3. opd.train         on all positions, unless --select says otherwise. (With --after,
-                       nothing is trained: take a student from an earlier run)
+  3. opd.train         on all positions, unless --select says otherwise. (With --after
+                       nothing is trained: the student of an earlier run is measured)
   4. measure_contexts  the same positions once more, now with the trained student
   5. report            how much nearer to the teacher did the student come, and where?
 
 How much nearer it came at a position is called the gain there. It is measured in three
-ways:
+ways, since they differ:
 
   forward_kl  the fall of KL(teacher || student), in nats: the paper's measure
-  reverse_kl  the fall of KL(student || teacher), in nats: what training minimises
-  overlap     the rise of sum_v min(p(v), q(v)), the probability that both share
+  reverse_kl  the fall of KL(student || teacher), in nats: what training lowers
+  overlap     the rise of sum_v min(p(v), q(v)), the probability common to both
 
-Two tables are printed; the page, report.html, has more. The first says how much the
-positions gain that each selection method would keep. Two rows of the demo (seed 0):
+For example, at the demo's "gets" the teacher would rather say "obtains", with .71. In
+training this word goes from one in a million to one in ten thousand. Forward KL weighs
+that by the teacher's .71: a gain of .71 * log(90) = 3.2 nats. Reverse KL weighs it by
+the student's probability, which is still tiny: no gain.
+
+Two tables are printed; the page, report.html, has more. The first says, for each
+selection method, how much those positions gain that it would keep. Two rows of the demo
+(seed 0):
 
                              forward_kl               reverse_kl
   full          +0.292 [+0.284, +0.301]  +0.196 [+0.181, +0.211]
   teachability  +0.411 [+0.328, +0.488]  +1.930 [+1.789, +2.074]
 
-Over all positions, KL(student || teacher) fell by .196 nats on average; at the tenth
+Over all positions, KL(student || teacher) fell by .196 nats on average; over the tenth
 that teachability would keep, by 1.930. In brackets are 95 % intervals.
 
-The second asks what goes with a larger gain: more of the learnable part of the
+The second asks: where the gain is larger, is there more of the learnable part of the
 disagreement, or more of the incompatible one? `explain` makes it, and shows a row.
+
+Three warnings. What is large can fall far: D is nearly the forward KL before training.
+The intervals are about other contexts, not about another training. And what goes
+together with a gain need not be its cause.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
 K of D and C is 16; the page has the main tables with 8 and with 32, too.
 Shapes: V tokens in the vocabulary, N positions in all contexts together, n some of
 them. Arrays are numpy's. Source: arXiv 2605.26844, fixed-context analysis.
+
+Parts 1 to 5 are the diagnostic; parts 6 to 8 write it down, and may be skipped.
 """
 
 import argparse
@@ -59,7 +73,7 @@ import opd
 def simple_diagnosis(
     pair, prompts, train_student, k=16, budget=0.1, max_new_tokens=256
 ):
-    """How much do the positions gain that each method would keep? -> {method: mean}
+    """For each method: the mean gain of the positions that it would keep.
 
     For reading: the program calls `main`. This leaves out the other measures of gain,
     the intervals, the regression and the page. train_student() is a function of yours
@@ -82,10 +96,10 @@ def simple_diagnosis(
     gain = gain[batch.mask]  # [N], without padding
 
     # What would each method keep, going by what was measured before training?
-    in_a_row = {name: values[batch.mask] for name, values in before.items()}  # [N] each
+    flat = {name: values[batch.mask] for name, values in before.items()}  # [N] each
     means = {}
     for method in opd.METHODS:
-        keep = kept_by(method, in_a_row, budget)  # [N] bool
+        keep = kept_by(method, flat, budget)  # [N] bool
         means[method] = gain[keep].mean().item()
     return means
 
@@ -93,8 +107,8 @@ def simple_diagnosis(
 def kept_by(method, scores, budget, generator=None):  # {name: [N]} -> [N] bool
     """What a method would keep of the positions of all contexts together.
 
-    They stand in one row, as if they were one response. So `opd.select` keeps no more
-    than the budget: the position that each response gets in any case is in it here.
+    They stand in one row, as if they were one response. So no response is granted a
+    position of its own, as in training, and all methods keep equally many.
     """
     one_row = {name: torch.as_tensor(values)[None] for name, values in scores.items()}
     mask = torch.ones_like(one_row["entropy"], dtype=torch.bool)  # [1, N]
@@ -109,12 +123,14 @@ def main(args):
     pair, training, held_out = opd.prepare(args)
     trained = None
     if args.after:
-        trained = load_trained(pair, args)  # now: what is wrong shows before the work
+        trained = load_trained(
+            pair, args
+        )  # now, so that a wrong folder fails before the work
     out = opd.new_folder(args.out, "diagnosis")
 
     prompts = []
     for i in range(args.contexts):
-        example = held_out[i % len(held_out)]  # from the start again if too few
+        example = held_out[i % len(held_out)]  # starts over if there are too few
         prompts.append(example["prompt"])
 
     # 1. Sample contexts.
@@ -162,12 +178,13 @@ def overlap(student_logits, teacher_logits):  # [..., V], [..., V] -> [...]
 def measure_chunk(student_logits, teacher_logits, ks, tokens):  # -> {name: [n]}
     """All that is measured at n positions, in nats except for overlap and C.
 
-    First what opd.measure measures, with D and C for each K of `ks`. The five likeliest
-    tokens of either model, at the end, are for the page: `opd.score` takes one number
-    for each position, so each of the ten has a name of its own.
+    First what opd.measure measures (so that a quantity of your own, added there, is in
+    the report, too), but with D and C for each K of `ks`. The last ten are the five
+    likeliest tokens of each model, for the page: `opd.score` takes one number for each
+    position, so each of the ten has a name.
     """
     measured = opd.measure(student_logits, teacher_logits, ks[0], tokens)
-    del measured["divergence"], measured["compatibility"]  # here, one for each K:
+    del measured["divergence"], measured["compatibility"]  # these, for each K:
     for k in ks:
         D = opd.divergence(student_logits, teacher_logits, k)
         C = opd.compatibility(student_logits, teacher_logits, k)
@@ -202,7 +219,7 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
     The N positions come context by context, left to right.
     """
     parts = defaultdict(list)
-    first_context = 0  # of the batch
+    first_context = 0  # the number of the batch's first context
     for batch in tqdm(batches, "scoring contexts", disable=None):
         # All K at once, so that the models read the text only once.
         scores, _ = opd.score(
@@ -227,18 +244,21 @@ def measure_contexts(pair, batches, args):  # -> {name: [N]}
 # ======================================================================================
 # 3. What the tables are made from
 #
-#    The report compares positions: which gain most? So all that is known about them is
-#    put in columns, with a row for each position: `Data`. Some columns, at three tokens
-#    of the README's response (demo, seed 0):
+#    The report compares positions: which gain most? So each quantity becomes a column
+#    with a row for each position, in one of four `Columns`. Some of these, at three
+#    tokens of the README's response (demo, seed 0, N = 9005):
 #
-#             gains         gains         z               ascending    groups
+#             gains         gains         standardized    ranks        groups
 #      token  "forward_kl"  "reverse_kl"  "incompatible"  "learnable"  "divergence", 0.1
 #      Ada           0.001         0.001           -0.32       5498.0  False
 #      gets          3.213         0.005            3.17        451.5  True
 #      22            1.947         6.311           -0.32       8852.0  False
 #
-#    The tables of part 4 are made from the rows. Part 5 draws rows by chance and makes
-#    the tables again, to see how much their numbers change.
+#    (Of the learnable part, "gets" has nothing. So have 901 other tokens, and all of
+#    them share the mean of the ranks 1 to 902.)
+#
+#    The tables of part 4 are made from the rows. Part 5 draws contexts by chance and
+#    makes the tables again from their rows, to see how much the numbers change.
 # ======================================================================================
 
 MEASURES = ("forward_kl", "reverse_kl", "overlap")  # of the gain
@@ -248,12 +268,12 @@ THIRDS = ("least compatible", "middle", "most compatible")
 QUARTERS = ("lowest quarter", "second", "third", "highest")
 
 
-class Data(NamedTuple):
-    """Columns with a row for each position: each field is {name: [N]}."""
+class Columns(NamedTuple):
+    """Each field is {name: [N]}, with a row for each position."""
 
     gains: dict  # the names are ALL_GAINS. For the tables of means
-    z: dict  # gains and features, rescaled to mean 0, variance 1. For the regressions
-    ascending: dict  # gains and features, as ranks from 1. For the rank correlations
+    standardized: dict  # gains and features with mean 0, variance 1. For regressions
+    ranks: dict  # gains and features, 1 for the lowest. For rank correlations
     groups: dict  # bool: is it in this group? The names are from `make_groups`
 
 
@@ -267,7 +287,7 @@ def gains_of(before, after):  # -> {measure: [N]}
 
 
 def relative_gain(before, gains):  # -> [N]
-    """A fourth gain, used by the paper's code: which share of the forward KL is gone.
+    """A fourth gain, of the paper's code: the share of the forward KL that is gone.
 
     From 2 nats to 1.5, the gain is .5 and this share is .25. Where the KL had been tiny
     it may be hugely negative; so it is clipped at its 1 % and 99 % quantiles.
@@ -287,7 +307,8 @@ def normalize(values):  # [N] -> [N] in [0, 1]
 def make_features(before, k):  # {name: [N]} -> {name: [N]}
     """What may explain the gain, all from before training, with the D and C of K = k.
 
-    All are rescaled to [0, 1], or made of what is.
+    All lie in [0, 1]. With small letters, h, d and c are H, D and C, rescaled as in
+    opd.py.
     """
     h = normalize(before["entropy"])
     d = normalize(before[f"divergence_{k}"])
@@ -298,7 +319,7 @@ def make_features(before, k):  # {name: [N]} -> {name: [N]}
         "compatibility": c,
         "entropy * divergence": h * d,
         "learnable": d * c,  # the teacher reweights tokens that the student considers
-        "incompatible": d * (1 - c),  # it wants other tokens; the two add up to d
+        "incompatible": d * (1 - c),  # it wants others; the two add up to d
         "tip": opd.soft_or(h, d),
         "progress": before["progress"],
         "teacher_entropy": normalize(before["teacher_entropy"]),
@@ -323,23 +344,23 @@ def ascending_ranks(values):  # [N] -> [N]
     return (first_place + last_place) / 2
 
 
-def equal_groups(values, inside, labels):  # [N], [N] bool -> {label: [N] bool}
+def equal_groups(values, eligible, labels):  # [N], [N] bool -> {label: [N] bool}
     """Groups of equal size, one for each label, from the lowest values to the highest.
 
-    Only positions `inside` belong to one. With values 5, 1, 9, 3, 7, of which the last
-    is outside, two groups are {1, 3} and {5, 9}.
+    Only `eligible` positions belong to one. With values 5, 1, 9, 3, 7, of which the
+    last is not eligible, two groups are {1, 3} and {5, 9}.
     """
-    positions = np.flatnonzero(inside)
+    positions = np.flatnonzero(eligible)
     ascending = positions[np.argsort(values[positions], kind="stable")]
     groups = {}
-    for label, own in zip(labels, np.array_split(ascending, len(labels))):
+    for label, members in zip(labels, np.array_split(ascending, len(labels))):
         groups[label] = np.zeros(len(values), dtype=bool)
-        groups[label][own] = True
+        groups[label][members] = True
     return groups
 
 
 def of_k(before, k):  # {name: [N]} -> {name: [N]}
-    """As opd.measure names it: the D and C of this K are "divergence" and so on."""
+    """With the names of opd.measure: "divergence" and "compatibility", of this K."""
     scores = dict(before)
     scores["divergence"] = before[f"divergence_{k}"]
     scores["compatibility"] = before[f"compatibility_{k}"]
@@ -349,7 +370,8 @@ def of_k(before, k):  # {name: [N]} -> {name: [N]}
 def make_groups(before, features, k, seed):  # -> {group: [N] bool}
     """What each method would keep, and equal groups where the student is sure.
 
-    ("tip", 0.1) is what tip keeps with 10 %, ("learnable", "highest") a quarter.
+    ("tip", 0.1) is what tip keeps with 10 %. ("learnable", "highest") is the quarter
+    with most of the learnable part, of the positions where the student is sure.
     """
     groups = {}
     for budget in BUDGETS:
@@ -358,8 +380,10 @@ def make_groups(before, features, k, seed):  # -> {group: [N] bool}
             kept = kept_by(method, of_k(before, k), budget, generator)
             groups[method, budget] = kept.numpy()
 
-    # Where the entropy is at most its median, and D at least its median, the student is
-    # sure and yet disagrees. (Two medians make four quadrants; the paper's Q3 is this.)
+    # Where the entropy is at most its median, and D at least its own, the student is
+    # rather sure and yet disagrees. (Two medians make four quadrants; the paper's Q3 is
+    # this one. Half of all positions are above a median, so many of them may disagree
+    # by next to nothing.)
     h = features["entropy"]
     d = features["divergence"]
     sure_yet_in_disagreement = (h <= np.median(h)) & (d >= np.median(d))
@@ -374,28 +398,34 @@ def make_groups(before, features, k, seed):  # -> {group: [N] bool}
     return groups
 
 
-def make_data(before, gains, k, seed):  # {name: [N]} twice -> Data
-    """InputError for a feature that is the same everywhere: it can explain nothing."""
+def make_data(before, gains, k, seed):  # {name: [N]} twice -> Columns
+    """All that the tables are made from, with the D and C of this K.
+
+    InputError for a feature that is the same everywhere: it can explain nothing.
+    """
     gains = {**gains, "relative": relative_gain(before, gains)}
     features = make_features(before, k)
     for name, values in features.items():
         if np.ptp(values) < 1e-12:
             raise opd.InputError(
-                f"{name} is the same at all positions, so its share in the gain cannot "
-                "be found; use more contexts or longer responses"
+                f"{name} is the same at all positions, so no slope can be found "
+                "for it; use more contexts or longer responses"
             )
 
-    z = {}
-    ascending = {}
+    standardized = {}
+    ranks = {}
     for name, values in {**features, **gains}.items():
-        z[name] = zscore(values)
-        ascending[name] = ascending_ranks(values)
-    return Data(gains, z, ascending, make_groups(before, features, k, seed))
+        standardized[name] = zscore(values)
+        ranks[name] = ascending_ranks(values)
+    return Columns(gains, standardized, ranks, make_groups(before, features, k, seed))
 
 
 # ======================================================================================
-# 4. The tables: plain numbers, {row: {column: number}}, from the data of n positions
+# 4. The tables: plain numbers, {row: {column: number}}, from the data of n positions.
+#    After each function: what stands above and below its table.
 # ======================================================================================
+
+CAPTIONS = {}  # {name of the table: (title, how to read it)}
 
 
 def mean_gains(data, group, names=MEASURES):  # [n] bool -> {name of the gain: mean}
@@ -409,21 +439,36 @@ def mean_gains(data, group, names=MEASURES):  # [n] bool -> {name of the gain: m
 
 
 def gain_of_kept(data, budget):
-    """How much do the positions gain that each method would keep?"""
+    """For each method: the mean gain of the positions that it would keep."""
     table = {}
     for method in opd.METHODS:
         table[method] = mean_gains(data, data.groups[method, budget])
     return table
 
 
-# A linear regression predicts the gain from the two parts of D, which are in question,
+CAPTIONS["kept"] = (
+    "Mean gain of the 10% that each method would keep",
+    """For each method, the mean gain of the positions that it would keep if all
+    contexts were one batch: equally many for each (full keeps all), whatever --budget
+    the training had. Of equal ranks, those of the first contexts are kept: the top 5 %
+    of entropy, of D and of C are all 1.""",
+)
+for percent in (3, 5):
+    CAPTIONS[f"kept at {percent}%"] = (
+        f"Mean gain of the {percent}% that each method would keep",
+        """As with 10%, but mind the ties: with so few, entropy and divergence, and what
+        is made of them, keep the first contexts' positions and not the best.""",
+    )
+
+
+# A linear regression predicts the gain from the two parts of d, which are in question,
 # and from three controls, as in the paper. (An unsure student, say, or an early
 # position may gain more whatever the teacher wants, and the two parts must not get the
 # credit for that.)
 REGRESSORS = ("learnable", "incompatible", "entropy", "progress", "teacher_entropy")
 
-# The paper's baseline: D as a whole, also in product with the entropy. If that explains
-# as much, the split is worth nothing.
+# The paper's baseline: d as a whole, and its product with the entropy, so that there
+# are five again. If that explains as much, the split is no better at forecasting.
 UNSPLIT = (
     "divergence",
     "entropy * divergence",
@@ -434,9 +479,10 @@ UNSPLIT = (
 
 
 def least_squares(z, regressors, outcomes):  # -> {outcome: {regressor: slope}}
-    """Each outcome is nearly intercept + the sum of slope * regressor: which slopes?
+    """The slopes with which intercept + sum of slope * regressor misses least.
 
-    z is {name: [n]}; regressors and outcomes are names in it.
+    Least: the sum of squares of what is missed at the n positions. z is {name: [n]};
+    regressors and outcomes are names in it.
     """
     ones = np.ones_like(z[outcomes[0]])
     X = np.column_stack([ones] + [z[name] for name in regressors])  # [n, 1 + ...]
@@ -452,23 +498,39 @@ def least_squares(z, regressors, outcomes):  # -> {outcome: {regressor: slope}}
 def explain(data):
     """Which part of the disagreement goes with the gain, learnable or incompatible?
 
-    The paper's hypothesis is that the first is learned, and the second is not. A row of
-    the demo (seed 0), where that does not come out:
+    In the paper, the first has the larger slope. A row of the demo (seed 0), where that
+    is not so:
 
-                            learnable             incompatible
-      forward_kl  -0.053 [-0.098, +5e-04]  +1.014 [+0.961, +1.068]
+                         learnable             incompatible                     gap
+      forward_kl  -0.053 [-0.098, ...]  +1.014 [+0.961, ...]  -1.067 [-1.137, ...]
 
-    One standard deviation more of the incompatible part, all else being equal, goes
-    with a gain in forward KL that is 1.014 standard deviations larger.
+    One standard deviation more of the incompatible part, with the other four columns
+    being equal, goes with a gain in forward KL that is 1.014 standard deviations
+    larger. (That is far: the part is -0.32 nearly everywhere, and 3.17 at "gets".)
+
+    Never trust one slope alone. Two columns that go together can share a gain in many
+    ways. At "gets" the incompatible part and the teacher's entropy are both large; in
+    reverse KL their slopes are +0.55 and -1.42, and there they nearly cancel.
     """
     table = {}
-    for name, slopes in least_squares(data.z, REGRESSORS, ALL_GAINS).items():
+    for name, slopes in least_squares(data.standardized, REGRESSORS, ALL_GAINS).items():
         table[name] = {
             "learnable": slopes["learnable"],
             "incompatible": slopes["incompatible"],
             "gap": slopes["learnable"] - slopes["incompatible"],
         }
     return table
+
+
+CAPTIONS["explained"] = (
+    "What explains the gain",
+    """The slope .3 in the column "learnable" says: where the learnable part of D is one
+    standard deviation larger, and the incompatible part and three controls are the
+    same, the gain is .3 standard deviations larger. gap = learnable - incompatible. In
+    forward_kl, the paper has .086 and .043. "relative" is the share of the forward KL
+    that is gone. Mind that a slope may be large only to make up for that of another
+    column: at tokens where both are large, they cancel.""",
+)
 
 
 def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
@@ -484,12 +546,20 @@ def r_squared(z, regressors, outcomes):  # -> {outcome: share of its variance}
 
 def explained_shares(data):
     """R2 with D in its two parts, and with D unsplit: does the split explain more?"""
-    split = r_squared(data.z, REGRESSORS, ALL_GAINS)
-    unsplit = r_squared(data.z, UNSPLIT, ALL_GAINS)
+    split = r_squared(data.standardized, REGRESSORS, ALL_GAINS)
+    unsplit = r_squared(data.standardized, UNSPLIT, ALL_GAINS)
     table = {}
     for name in ALL_GAINS:
         table[name] = {"split": split[name], "unsplit": unsplit[name]}
     return table
+
+
+CAPTIONS["shares"] = (
+    "How much of the gain is explained",
+    """R2, the share of the gain's variance that the regression explains: with D split
+    into its two parts; and unsplit, with D and its product with the entropy in their
+    place.""",
+)
 
 
 def compare_thirds(data):
@@ -504,12 +574,57 @@ def compare_thirds(data):
     return table
 
 
+CAPTIONS["thirds"] = (
+    "Sure, yet in disagreement (the paper's Q3)",
+    """Of the positions where the student's entropy is at most the median and D at least
+    the median: their mean gain in three equal groups, from the lowest C to the highest.
+    In the last row, above 0 says that more is gained where the teacher's advice is more
+    compatible, as the paper has it; below 0, less. (D may differ between the groups,
+    too.)""",
+)
+
+
+def leak(with_C_before, with_C_after):  # {name of the table: rows} twice -> rows
+    """Two figures of the main tables, with C of before training and, wrongly, of after.
+
+    Why wrongly? Say the teacher wants a token that the student does not consider: C is
+    low, and the disagreement incompatible. Training teaches it all the same, which
+    contradicts the hypothesis. But now the token stands in the trained student's top K.
+    With C from there, which is high, the position counts as learnable: what spoke
+    against the hypothesis now speaks for it.
+    """
+    rows = {}
+    for when, found in (("before", with_C_before), ("after", with_C_after)):
+        for name in ALL_GAINS:
+            rows[f"C {when}, {name}"] = {
+                "gap": found["explained"][name]["gap"],
+                "most - least": found["thirds"]["most - least"][name],
+            }
+    return rows
+
+
+CAPTIONS["leak"] = (
+    "If C were measured after training",
+    """Two figures from above (gap, most - least), with C from before training and with
+    C from after it. The latter is a leak: by then, what was learned stands in the
+    trained student's top K, so C already contains part of the answer. Only C from
+    before can choose positions.""",
+)
+
+
 def compare_quarters(data, part):
     """Where the student is sure yet disagrees: does more of this part gain more?"""
     table = {}
     for quarter in QUARTERS:
         table[quarter] = mean_gains(data, data.groups[part, quarter])
     return table
+
+
+for part in ("learnable", "incompatible"):
+    CAPTIONS[part] = (
+        f"Sure, yet in disagreement, by quarters of its {part} part",
+        "From the quarter with the least of it to that with the most.",
+    )
 
 
 def correlation(x, y):  # [n], [n] -> number
@@ -523,7 +638,7 @@ def correlation(x, y):  # [n], [n] -> number
 def rank_correlations(data):
     """What orders the positions as their gains do? (Spearman's: of the ranks.)"""
     table = {}
-    ranks = data.ascending
+    ranks = data.ranks
     for feature in ("divergence", "learnable", "incompatible", "entropy", "tip"):
         table[feature] = {}
         for name in MEASURES:
@@ -531,64 +646,11 @@ def rank_correlations(data):
     return table
 
 
-# What stands above and below each table: its title, and how to read it.
-CAPTIONS = {
-    "kept": (
-        "Mean gain of the 10% that each method would keep",
-        """Mean gain of the positions that each method would keep of all contexts
-        together: equally many for each, whatever --budget the training had, but for
-        full, which keeps all. Where ranks are equal (the top 5 % of entropy, of D and
-        of C are all 1), the earlier ones are kept.""",
-    ),
-    "explained": (
-        "What explains the gain",
-        """The slope .3 in the column "learnable" says: where the learnable part of D is
-        one standard deviation larger, and the incompatible part and three controls are
-        the same, the gain is .3 standard deviations larger. gap = learnable -
-        incompatible. In forward_kl, the paper has .086 and .043. The last row is of the
-        share of the forward KL that is gone. Mind that a slope may be large only
-        because it makes up for another, at positions that gain nothing.""",
-    ),
-    "thirds": (
-        "Sure, yet in disagreement (the paper's Q3)",
-        """Of the positions where the student is sure (its entropy is at most the
-        median) and yet disagrees (D is at least the median): their mean gain in three
-        equal groups, from the lowest C to the highest. In the last row, above 0 says
-        that more is gained where the teacher's advice is more compatible, as the paper
-        has it; below 0, less.""",
-    ),
-    "leak": (
-        "If C were measured after training",
-        """Two figures from above (gap, most - least), with C from before training and
-        with C from after it. The latter is a leak: by then, what was learned stands in
-        the trained student's top K, so C knows what it is asked to predict. Only C from
-        before can choose positions.""",
-    ),
-    "shares": (
-        "How much of the gain is explained",
-        """R2, the share of the gain's variance that the regression explains: with D
-        split into its two parts; and unsplit, with D and its product with the entropy
-        in their place.""",
-    ),
-    "correlations": (
-        "Rank correlation with the gain",
-        "Spearman's: 1 if a quantity orders positions by gain, 0 if it is unrelated.",
-    ),
-    "kept at 3%": ("Mean gain of the 3% that each method would keep", "As with 10%."),
-    "kept at 5%": ("Mean gain of the 5% that each method would keep", "As with 10%."),
-    "learnable": (
-        "Sure, yet in disagreement, by quarters of its learnable part",
-        "From the quarter with the least of it to that with the most.",
-    ),
-    "incompatible": (
-        "Sure, yet in disagreement, by quarters of its incompatible part",
-        "From the quarter with the least of it to that with the most.",
-    ),
-    "tokens": (
-        "What each method would keep at 10%",
-        "Its most frequent tokens, and their share.",
-    ),
-}
+CAPTIONS["correlations"] = (
+    "Rank correlation with the gain",
+    """Spearman's: 1 if a quantity orders the positions as the gain does, -1 if the
+    other way round, near 0 if it does neither.""",
+)
 
 
 # ======================================================================================
@@ -596,11 +658,11 @@ CAPTIONS = {
 # ======================================================================================
 
 
-def draws(context, count, seed):  # [N] -> positions [n], `count` times
-    """The positions of contexts that are drawn by chance.
+def drawn_positions(context, count, seed):  # [N] -> yields [n], `count` times
+    """Draw contexts by chance, and yield the positions of all of them.
 
-    context [N] says to which context each position belongs. As many are drawn as there
-    are, with replacement: one may come twice, another not at all.
+    context [N] says to which context each position belongs. As many contexts are drawn
+    as there are, with replacement: one may come twice, another not at all.
     """
     positions_of = []  # of each context
     for i in np.unique(context):
@@ -619,31 +681,35 @@ def at_positions(data, positions):  # Data of N positions, [n] -> Data of n
         drawn[field] = {
             name: values.take(positions) for name, values in columns.items()
         }
-    return Data(**drawn)
+    return Columns(**drawn)
 
 
 def bootstrap(make_tables, data, context, count, seed):
     """Tables with a 95 % interval for each number.
 
-    Had the student written other responses, a number would have come out a little
-    differently. So all are computed again, `count` times, each time from contexts that
-    are drawn from those at hand:
+    With other prompts and responses, a number would have come out a little differently.
+    How much, the contexts at hand can tell: they stand for all that there might be. All
+    numbers are computed again, `count` times, each time from contexts drawn from these:
 
       three contexts with the mean gains        .1  .2  .6    mean .30
       three of them, drawn with replacement     .6  .1  .6    mean .43
       once more                                 .2  .2  .1    mean .17
       ...
 
-    The middle 95 % of the means are the interval. Contexts are drawn, not positions:
-    those of one response resemble each other, so that would be too narrow. What
-    make_data found over all positions (scales, ranks, groups) is not found anew.
+    The middle 95 % of the means are the interval. It says nothing of another training:
+    for that, run other seeds. Why are contexts drawn, and not positions? If all the
+    positions of a response gained the same, there would be as many independent numbers
+    as contexts, and drawing positions would feign many more. (In the demo four prompts
+    ask for the same sums, so its intervals are probably too narrow even so.) Scales,
+    ranks and groups are those of all positions, and are not found anew in each draw.
 
     make_tables(data) -> {table: {row: {column: number}}}. In what is returned, a cell
     is {"value": .30, "low": .10, "high": .60}. InputError if a value is nan.
     """
     tables = make_tables(data)
+    check_numbers(tables)
     others = []
-    for positions in draws(context, count, seed):
+    for positions in drawn_positions(context, count, seed):
         others.append(make_tables(at_positions(data, positions)))
 
     for table, rows in tables.items():
@@ -654,11 +720,17 @@ def bootstrap(make_tables, data, context, count, seed):
     return tables
 
 
+def check_numbers(tables):
+    for table, rows in tables.items():
+        for row, cells in rows.items():
+            if np.isnan(list(cells.values())).any():
+                raise opd.InputError(
+                    f"the table {table!r} has no number for {row!r}: there are too few "
+                    "positions for the report's groups; use more --contexts"
+                )
+
+
 def cell_of(value, results):  # a number, and those of the draws -> {name: number}
-    if np.isnan(value):
-        raise opd.InputError(
-            "there are too few positions for the report's groups; use more --contexts"
-        )
     # A draw may contain no position of a group by chance: its nan is left out.
     low, high = np.nanquantile(results, [0.025, 0.975]).tolist()
     return {"value": float(value), "low": low, "high": high}
@@ -688,24 +760,6 @@ def more_tables(data):  # -> {name of the table: rows}
     }
 
 
-def leak(tables, leaky):  # {name of the table: rows} twice -> rows
-    """Two figures of the main tables, with C of before training and, wrongly, of after.
-
-    Why wrongly? Say the teacher wants a token that the student does not consider: C is
-    0, and all of D incompatible. Training teaches it, against the hypothesis. But now
-    the token stands in the trained student's top K. With C from there, 1, the position
-    counts as learnable: what spoke against the hypothesis now speaks for it.
-    """
-    rows = {}
-    for when, found in (("before", tables), ("after", leaky)):
-        for name in ALL_GAINS:
-            rows[f"C {when}, {name}"] = {
-                "gap": found["explained"][name]["gap"],
-                "most - least": found["thirds"]["most - least"][name],
-            }
-    return rows
-
-
 def kept_tokens(before, k, seed, decode):  # -> rows
     """The five tokens that each method keeps most often, with their share."""
     rows = {}
@@ -718,6 +772,12 @@ def kept_tokens(before, k, seed, decode):  # -> rows
             texts.append(f"{decode(token)!r} {count / len(tokens):.0%}")
         rows[method] = {"tokens": ", ".join(texts)}
     return rows
+
+
+CAPTIONS["tokens"] = (
+    "What each method would keep at 10%",
+    "Its most frequent tokens, and their share.",
+)
 
 
 def all_tables(before, after, gains, args, decode):  # {name: [N]} thrice -> tables
@@ -734,9 +794,9 @@ def all_tables(before, after, gains, args, decode):  # {name: [N]} thrice -> tab
 
         # Once more, but wrongly with C from after training.
         name = f"compatibility_{k}"
-        before_but_for_C = {**before, name: after[name]}
-        leaky = with_intervals(main_tables, before_but_for_C, k)
-        tables["leak"] = leak(tables, leaky)
+        before_with_C_after = {**before, name: after[name]}
+        with_C_after = with_intervals(main_tables, before_with_C_after, k)
+        tables["leak"] = leak(tables, with_C_after)
 
         if k == args.top_k:  # all the others, too
             tables.update(with_intervals(more_tables, before, k))
@@ -823,7 +883,7 @@ def values_at(scores, i):  # {name: [N]} -> {name: number}
 
 def report(pair, prompts, held_out_count, before, after, args, out):
     """Step 5: write the files, then print, so that a broken terminal harms nothing."""
-    # First what took long to measure: a table may fail, as with too few positions.
+    # Save first what took long to measure: a table may fail, with too few positions.
     decode = pair.tokenizer.decode
     gains = gains_of(before, after)
     lines = position_lines(before, after, gains, decode)
@@ -958,7 +1018,7 @@ def as_page(tables, summary, responses):  # -> HTML; `responses` is the token ma
     legend = [
         token_span("learnable", 0.9, 0, "D * C, both rescaled to [0, 1]"),
         token_span("incompatible", 0, 0.9, "D * (1 - C), both rescaled to [0, 1]"),
-        token_span("some of both", 0.4, 0.4, "the two add up to D"),
+        token_span("some of both", 0.4, 0.4, "the two add up to D, rescaled"),
     ]
     numbers = [table_html(table) for table in tables]
     return f"""<!doctype html>
@@ -969,7 +1029,7 @@ def as_page(tables, summary, responses):  # -> HTML; `responses` is the token ma
 <style>{STYLE}</style>
 
 <h1>Which disagreement was learned?</h1>
-<p>A student wrote these responses; its teacher disagrees at many of their tokens.
+<p>A student wrote these responses; its teacher disagrees at some of their tokens.
 <b>Learnable</b> disagreement reweights tokens that the student already considers;
 <b>incompatible</b> disagreement wants tokens that it does not. The gain is how much
 nearer to the teacher the student came through training: the fall of

@@ -10,16 +10,16 @@ considers. But towards a word that the student would hardly ever say, it has har
 gradient, however much the teacher wants it. Not all that the two disagree about can be
 learned ("Not All Disagreement Is Learnable", arXiv 2605.26844). So the student trains
 on the most teachable tokens alone: those where the two disagree, but about words that
-the student considers. This saves no time, as both models still read all tokens. The
-hope is that a few good signals teach as much as all, or more.
+the student considers. Selecting saves no time, as both models still read all tokens.
+The hope is that a few good signals teach as much as all, or more.
 
 Notation: p is the student's next-token distribution, q the teacher's. KL and entropy
 are in nats. A position's candidates are the student's top K tokens, the K likeliest.
 Names and formulas are the paper's, except for what the README lists at its end.
 Shapes: B responses in a batch, P tokens in a prompt, R positions in a response, V
 tokens in the vocabulary, E numbers in a hidden state. A mask [B, R] is True at the
-valid positions; the others are padding after an end. N are valid in a batch, n are some
-of them.
+valid positions; the others are padding after an end. N is the number of valid positions
+in a batch, n that of some of these.
 
 One training step:
 
@@ -80,7 +80,7 @@ def simple_step(
     checkpoints need: batches with padding, a temperature, different tokens that end a
     response, different sizes of vocabulary, settings that a checkpoint brings along.
     """
-    student.eval()  # no dropout, in training either: p is one distribution throughout
+    student.eval()  # no dropout, not even in training: there is one p
     teacher.eval()
 
     # 1. Rollout: the student writes a response of R tokens, sampling from p itself.
@@ -88,7 +88,7 @@ def simple_step(
         prompt,
         do_sample=True,
         temperature=1.0,
-        top_k=0,  # no filter. Left unset, the 50 likeliest tokens alone would be drawn
+        top_k=0,  # no filter. By default, only the 50 likeliest tokens could be drawn
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
@@ -189,7 +189,7 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     teacher_top = no_token.scatter(-1, teacher_logits.topk(k).indices, True)
     outside = ~(student_top | teacher_top)  # of U
 
-    # There, a logit of -1e30 makes the probability 0, so that the softmax is over U
+    # Outside U, a logit of -1e30 makes the probability 0, so that the softmax is over U
     # alone. (Not -inf: below, an infinity minus an infinity would be nan.)
     logp = student_logits.float().masked_fill(outside, -1e30).log_softmax(-1)
     logq = teacher_logits.float().masked_fill(outside, -1e30).log_softmax(-1)
@@ -218,8 +218,8 @@ def compatibility(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [
 def measure(student_logits, teacher_logits, k=16, tokens=None):  # -> {name: [...]}
     """All that is measured at each position, from logits [..., V].
 
-    `tokens` [...] are those that the student wrote. They are not used here; a function
-    of your own in place of this one gets them, too.
+    `tokens` [...] are those that the student wrote. Unused here, but a function of your
+    own that replaces this one gets them, too.
     """
     return {
         # The loss of full on-policy distillation. Its mean is the curve to watch.
@@ -238,7 +238,7 @@ def robust_normalize(values, mask):  # [B, R], [B, R] bool -> [B, R] in [0, 1]
     others together.)
 
     Zero at all other positions. Zero everywhere if Q95 - Q05 < 1e-12: then all tie, and
-    `select` keeps the first. No gradient goes through it.
+    `select` keeps the first. No gradient goes through the rescaling.
     """
     mask = mask.bool()  # as an index, a mask of numbers would pick rows 0 and 1
     values = values.detach().float()
@@ -291,8 +291,9 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
     if method == "compatibility":
         return c
 
-    # d is the sum of two parts. In the learnable one, the teacher reweights tokens that
-    # the student considers; in the incompatible one, it wants tokens beyond those.
+    # d is divided into two parts, in the ratio c to 1 - c. The learnable one is large
+    # where the teacher reweights tokens that the student considers, the incompatible
+    # one where it wants tokens beyond those.
     if method == "teachability":  # the paper's method
         return d * c
     if method == "incompatible":
@@ -311,15 +312,15 @@ def rank(method, scores, mask, generator=None):  # {name: [B, R]}, [B, R] -> [B,
 def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     """Keep the ceil(budget * N) best of the batch's N valid positions.
 
-    Ties go to the earlier position, row by row from the first response; if they are at
-    the lowest rank, there is a warning. Then each response of which nothing was kept
-    gets its best position, which may exceed the budget. With a budget of .4, and N = 5:
+    Ties go to the earlier position, row by row from the first response; if the tie is
+    at the lowest rank, there is a warning. Then each response of which nothing was kept
+    gets its best position, so that more may be kept. With a budget of .4, and N = 5:
 
       ranks  [[.9, .7, .1],      keep  [[True,  True, False],    2 of 5: the best
               [.2, .3, padding]]       [False, True, False]]     its response's best
 
-    ValueError for a budget outside (0, 1], for ranks of another shape, or True and
-    False in place of numbers. FloatingPointError for nan.
+    ValueError for a budget outside (0, 1], for ranks of another shape than the mask's,
+    and for True and False in place of numbers. FloatingPointError for nan.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1], got {budget}")
@@ -387,9 +388,9 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #    `train_step`, which puts them together.
 #
 #    A model's layers give a hidden state for each position, E numbers; its output head
-#    makes logits of it, V numbers. These are huge. So the layers run for a micro-batch
-#    of whole responses at a time, and the head for a chunk of n positions at a time,
-#    whose logits are used and forgotten. A step has four passes:
+#    makes logits of it, V numbers. Together, these are huge. So the layers run for a
+#    micro-batch of whole responses at a time, and the head for a chunk of n positions at
+#    a time, whose logits are used and forgotten. A step has four passes:
 #
 #      pass             gradient   layers, for              head, for
 #      student writes   no         all responses at once    the newest token of each
@@ -398,8 +399,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #      student learns   yes        a micro-batch at a time  the kept positions
 #
 #    In the last one, the teacher's layers do not run again: its head makes the logits
-#    of the kept positions anew, from the hidden states of the third. (In `simple_step`,
-#    the second pass and the last are one.)
+#    of the kept positions anew, from the hidden states of the third pass. (In
+#    `simple_step`, the second pass and the last are one.)
 # ======================================================================================
 
 
@@ -435,7 +436,7 @@ class Rollout(NamedTuple):
 # -- rollout ---------------------------------------------------------------------------
 
 
-PADDING = 0  # any token id would do: nothing valid looks there
+PADDING = 0  # any token id would do: no valid position attends to it
 
 
 def pad_left(prompts, device):  # B lists of token ids -> ids, attention: [B, P] each
@@ -472,7 +473,7 @@ def generate_with_only(settings, model, ids, attention):
 def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
     """The student's responses to these prompts, from p itself: no top-k, no top-p."""
     # What the teacher cannot score is never drawn: with one tokenizer, Qwen2.5 models
-    # have 151,936 or 152,064 outputs. (But an end may be drawn even there: `rollout`
+    # have 151,936 or 152,064 outputs. (An end is an exception, even there: `rollout`
     # writes it down as the end that both models know.)
     student_outputs = len(pair.student.get_output_embeddings().weight)
     beyond = range(pair.vocab_size, student_outputs)
@@ -520,7 +521,7 @@ def rollout(pair, prompts, max_new_tokens):  # B lists of token ids -> Rollout
         responses = responses.masked_fill(is_end, pair.end_ids[0])
     return Rollout(
         ids=torch.cat([ids, responses], -1),
-        # 1 even after an end: the models are causal, so nothing valid looks there.
+        # 1 even after an end: no valid position attends to what follows it.
         attention=torch.cat([attention, torch.ones_like(responses)], -1),
         responses=responses,
         mask=response_mask(is_end),
@@ -652,8 +653,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
     """One optimizer step on the mean loss of the kept positions, keep: [B, R] bool.
 
     `loss_name` is one of LOSSES. The student runs once more, now with a gradient.
-    Returns the mean loss, and the norm of its gradient before that is clipped to norm
-    1: two floats. If either is not finite, no step is taken: FloatingPointError.
+    Returns the mean loss, and the norm of its gradient before clipping, two floats. If
+    either is not finite, no step is taken: FloatingPointError.
     """
     number_kept = keep.sum()  # in the whole batch
     if number_kept == 0:
@@ -672,8 +673,8 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
         tokens_kept = batch.responses[rows][kept]  # [n]
 
         # The sum of the micro-batch's losses. torch's checkpoint(f, ...) is f(...), but
-        # it forgets what f has computed in between, here the logits, and computes it
-        # once more when backward() needs it. So one chunk's logits are held at a time.
+        # forgets what f has computed in between, here the logits, and computes it again
+        # in backward(). So one chunk's logits are held at a time.
         total = 0.0
         for chunk in chunks(pair, len(tokens_kept)):
             total = total + checkpoint(
@@ -699,7 +700,7 @@ def update(pair, optimizer, batch, teacher_hidden, keep, loss_name, micro_batch_
             f"loss {mean_loss}, gradient norm {norm}: no step was taken; lower --lr"
         )
     optimizer.step()
-    optimizer.zero_grad()  # gives their memory back until the next update
+    optimizer.zero_grad()  # frees the gradients' memory until the next update
     return mean_loss, norm
 
 
@@ -891,7 +892,7 @@ def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measu
 
 
 def measure_held_out(student_logits, teacher_logits, k, tokens):  # -> {name: [n]}
-    """As `measure`, for `evaluate`. It has no use for k."""
+    """As `measure`, for `evaluate`. k is ignored."""
     same_first = student_logits.argmax(-1) == teacher_logits.argmax(-1)
     return {
         "reverse_kl": reverse_kl(student_logits, teacher_logits),

@@ -3742,7 +3742,7 @@ def drawn(context, draws, seed):  # -> [positions of a draw]
 
 
 def data_of(gains, **kept):  # with groups {name: bool} for columns of `kept`
-    return diagnose.Data(gains, z={}, ascending={}, groups=kept)
+    return diagnose.Columns(gains, standardized={}, ranks={}, groups=kept)
 
 
 def bootstrapped(table_of, context, count, seed):  # -> the rows of one table

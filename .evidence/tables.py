@@ -73,7 +73,7 @@ def regression(folder, without):  # -> {name: estimate} of the slopes, and of th
     names = [name for name in diagnose.REGRESSORS if name != without]
 
     def make_tables(data):
-        slopes = diagnose.least_squares(data.z, names, ["reverse_kl"])["reverse_kl"]
+        slopes = diagnose.least_squares(data.standardized, names, ["reverse_kl"])["reverse_kl"]
         gap = slopes["learnable"] - slopes["incompatible"]
         return {"slopes": {"reverse_kl": {**slopes, "gap": gap}}}
 

@@ -18,7 +18,7 @@ import opd
 import tables
 
 before, gains = tables.read_positions(Path(sys.argv[1]))
-z = diagnose.make_data(before, gains, k=16, seed=0).z
+z = diagnose.make_data(before, gains, k=16, seed=0).standardized
 slopes = diagnose.least_squares(z, diagnose.REGRESSORS, ["reverse_kl"])["reverse_kl"]
 
 tokenizer = opd.transformers.AutoTokenizer.from_pretrained(opd.DEMO["student"])
