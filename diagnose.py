@@ -499,10 +499,10 @@ def explain(data):
     """Which part of the disagreement goes with the gain, learnable or incompatible?
 
     In the paper, the first has the larger slope. A row of the demo (seed 0), where that
-    is not so:
+    is not so, without its intervals:
 
-                         learnable             incompatible                     gap
-      forward_kl  -0.053 [-0.098, ...]  +1.014 [+0.961, ...]  -1.067 [-1.137, ...]
+                  learnable  incompatible     gap
+      forward_kl     -0.053        +1.014  -1.067
 
     One standard deviation more of the incompatible part, with the other four columns
     being equal, goes with a gain in forward KL that is 1.014 standard deviations

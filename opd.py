@@ -389,8 +389,8 @@ def token_loss(loss_name, student_logits, teacher_logits, tokens):
 #
 #    A model's layers give a hidden state for each position, E numbers; its output head
 #    makes logits of it, V numbers. Together, these are huge. So the layers run for a
-#    micro-batch of whole responses at a time, and the head for a chunk of n positions at
-#    a time, whose logits are used and forgotten. A step has four passes:
+#    micro-batch of whole responses at a time, and the head for a chunk of n positions
+#    at a time, whose logits are used and forgotten. A step has four passes:
 #
 #      pass             gradient   layers, for              head, for
 #      student writes   no         all responses at once    the newest token of each
