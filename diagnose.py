@@ -21,9 +21,9 @@ ways, since they differ:
   overlap     the rise of sum_v min(p(v), q(v)), the probability common to both
 
 For example, at the demo's "gets" the teacher would rather say "obtains", with .71. In
-training this word goes from one in a million to one in ten thousand. Forward KL weighs
-that by the teacher's .71: a gain of .71 * log(90) = 3.2 nats. Reverse KL weighs it by
-the student's probability, which is still tiny: no gain.
+training this word becomes 90 times likelier, but no more than one in ten thousand.
+Forward KL weighs that by the teacher's .71: a gain of .71 * log(90) = 3.2 nats. Reverse
+KL weighs it by the student's probability, which is still tiny: no gain.
 
 Two tables are printed; the page, report.html, has more. The first says, for each
 selection method, how much those positions gain that it would keep. Two rows of the demo
@@ -39,9 +39,9 @@ that teachability would keep, by 1.930. In brackets are 95 % intervals.
 The second asks: where the gain is larger, is there more of the learnable part of the
 disagreement, or more of the incompatible one? `explain` makes it, and shows a row.
 
-Three warnings. What is large can fall far: D is nearly the forward KL before training.
-The intervals are about other contexts, not about another training. And what goes
-together with a gain need not be its cause.
+Three warnings. Where D is large, there is much to gain, as D is nearly the forward KL
+before training. The intervals are about other contexts, not about another training. And
+what goes together with a gain need not be its cause.
 
 Notation as in opd.py: p is the student's next-token distribution, q the teacher's. The
 K of D and C is 16; the page has the main tables with 8 and with 32, too.
@@ -123,9 +123,8 @@ def main(args):
     pair, training, held_out = opd.prepare(args)
     trained = None
     if args.after:
-        trained = load_trained(
-            pair, args
-        )  # now, so that a wrong folder fails before the work
+        # Now, so that a wrong folder fails before the work.
+        trained = load_trained(pair, args)
     out = opd.new_folder(args.out, "diagnosis")
 
     prompts = []
@@ -509,8 +508,8 @@ def explain(data):
     larger. (That is far: the part is -0.32 nearly everywhere, and 3.17 at "gets".)
 
     Never trust one slope alone. Two columns that go together can share a gain in many
-    ways. At "gets" the incompatible part and the teacher's entropy are both large; in
-    reverse KL their slopes are +0.55 and -1.42, and there they nearly cancel.
+    ways. At "gets" the incompatible part and the teacher's entropy are both large; they
+    add +1.75 and -1.35 there to the forecast of the gain in reverse KL.
     """
     table = {}
     for name, slopes in least_squares(data.standardized, REGRESSORS, ALL_GAINS).items():
@@ -674,7 +673,7 @@ def drawn_positions(context, count, seed):  # [N] -> yields [n], `count` times
         yield np.concatenate([positions_of[i] for i in contexts])
 
 
-def at_positions(data, positions):  # Data of N positions, [n] -> Data of n
+def at_positions(data, positions):  # Columns of N positions, [n] -> Columns of n
     """The rows of these positions. One that was drawn twice is there twice."""
     drawn = {}
     for field, columns in data._asdict().items():

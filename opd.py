@@ -112,7 +112,7 @@ def simple_step(
     # 3. Rank by teachability: the product, after both are rescaled to [0, 1].
     ranks = robust_normalize(D, mask) * robust_normalize(C, mask)
 
-    # 4. Select: the best tenth.
+    # 4. Select: the best tenth. (Each response keeps one at least; here is only one.)
     keep = select(ranks, mask, budget)  # [1, R] bool
 
     # 5. Update: lower KL(student || teacher) there. The response is held fixed: no
@@ -344,7 +344,10 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
     if number < len(valid_ranks):
         last_kept = best_first[number - 1]
         if valid_ranks[last_kept] == valid_ranks.min():
-            warnings.warn("too many have the lowest rank: of these, the first are kept")
+            warnings.warn(
+                "too many have the lowest rank (all do if K covers the vocabulary, or D "
+                "or C is the same everywhere): of these, the first are kept"
+            )
 
     keep = torch.zeros_like(mask)
     keep[mask] = is_best  # back to their places in the batch
@@ -743,8 +746,9 @@ def train_step(
     """The same five steps for a batch of prompts, lists of token ids. -> its log line
 
     `method` is a name for `rank`, or "full", or a function of your own: method(scores,
-    mask) -> [B, R]. `measure_fn` takes the place of `measure`, if your method needs a
-    quantity more. `generator` is for "random".
+    mask) -> [B, R]. If that needs a quantity more, `measure_fn` takes the place of
+    `measure`, and returns what that does, and the quantity. `generator` is for the
+    method "random".
     """
     # 1. Rollout: the student writes.
     started = time.time()
@@ -1275,7 +1279,8 @@ def check_prompt(pair, prompt, max_new_tokens):  # of a file, or handed to `roll
     if not isinstance(prompt, list) or (prompt and not isinstance(prompt[0], int)):
         raise InputError(
             "give a list of prompts; each must be a list of token ids, not "
-            f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor)"
+            f"{prompt!r} (write [prompt] for a single one, .tolist() for a tensor, and "
+            "tokenize a text)"
         )
     if not prompt:
         raise InputError("the prompt has no token")
