@@ -345,8 +345,8 @@ def select(ranks, mask, budget):  # [B, R], [B, R] bool -> [B, R] bool
         last_kept = best_first[number - 1]
         if valid_ranks[last_kept] == valid_ranks.min():
             warnings.warn(
-                "too many have the lowest rank (all do if K covers the vocabulary, or D "
-                "or C is the same everywhere): of these, the first are kept"
+                "too many have the lowest rank (all do if K covers the vocabulary, or "
+                "D or C is the same everywhere): of these, the first are kept"
             )
 
     keep = torch.zeros_like(mask)
