@@ -174,10 +174,10 @@ def divergence(student_logits, teacher_logits, k):  # [..., V], [..., V] -> [...
     """D = KL(teacher || student) on U alone, in nats: how much they disagree.
 
     S and T are the student's and the teacher's top K tokens, U is their union. There, p
-    and q are renormalised, so that each sums to one. (The paper's teacher is a server,
-    which sends its top tokens only; with all tokens, D would be nearly the same.) It is
-    a forward KL, as D asks what the teacher wants; the loss asks what the student
-    says. ValueError for k < 1.
+    and q are renormalised, so that each sums to one. (In the paper's code the teacher
+    is a server, which sends its top tokens only; with all tokens, D would be nearly the
+    same.) It is a forward KL, as D asks what the teacher wants; the loss asks what the
+    student says. ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
@@ -492,7 +492,7 @@ def sample(pair, ids, attention, max_new_tokens):  # [B, P] twice -> [B, R]
         eos_token_id=pair.end_ids or None,
         suppress_tokens=never_sampled or None,
         pad_token_id=PADDING,
-        remove_invalid_values=True,  # sample on if there is a nan: `update` reports it
+        remove_invalid_values=True,  # a nan stops no sampling: see `select`, `update`
     )
     # With these settings alone, and none that the checkpoint may bring along.
     longer = generate_with_only(settings, pair.student, ids, attention)  # [B, P + R]
@@ -730,6 +730,17 @@ def summarize(scores, batch, keep):  # -> {name: number}, for the log
     }
 
 
+def own_ranks(method, scores, mask):  # {name: [B, R]}, [B, R] bool -> [B, R]
+    """The ranks of a function of your own. ValueError if it wants what is not there."""
+    try:
+        return torch.as_tensor(method(scores, mask))
+    except KeyError as error:
+        raise ValueError(
+            f"a method failed with KeyError {error}; measured are "
+            f"{', '.join(scores)}. Is a measure_fn missing?"
+        ) from error
+
+
 def train_step(
     pair,
     optimizer,
@@ -757,13 +768,16 @@ def train_step(
 
     # 2. Score: both models read what it wrote, and are compared at every token.
     scores, teacher_hidden = score(pair, batch, k, micro_batch_size, measure_fn)
+    for name in ("reverse_kl", "entropy", "divergence", "compatibility"):
+        if name not in scores:
+            raise ValueError(f"measure_fn returned no {name}: let it call opd.measure")
 
     if method == "full":
         keep = batch.mask  # plain on-policy distillation: nothing is ranked
     else:
         # 3. Rank.
         if callable(method):
-            ranks = method(scores, batch.mask)  # [B, R], by your own function
+            ranks = own_ranks(method, scores, batch.mask)  # [B, R]
         else:
             ranks = rank(method, scores, batch.mask, generator)  # [B, R]
 
@@ -805,7 +819,7 @@ SHOWN = (  # in the terminal, before what a measure_fn of your own adds
 
 def log(path, line, steps):  # {name: number}
     """Append a line to the log. About ten of all steps are printed as a row, too."""
-    columns = [name for name in SHOWN if name in line]
+    columns = list(SHOWN)
     for name in line:  # what a measure_fn adds is there as NAME and as kept_NAME
         if f"kept_{name}" in line and name not in SHOWN:
             columns += [name, f"kept_{name}"]
@@ -864,19 +878,23 @@ def train(pair, examples, args, out, resumed=None, method=None, measure_fn=measu
             example = examples[order[i % len(order)]]  # after the last, the first again
             prompts.append(example["prompt"])
 
-        result = train_step(
-            pair,
-            optimizer,
-            prompts,
-            method=method or args.select,
-            k=args.top_k,
-            budget=args.budget,
-            loss_name=args.loss,
-            max_new_tokens=args.max_new_tokens,
-            micro_batch_size=args.micro_batch_size,
-            generator=generator,
-            measure_fn=measure_fn,
-        )
+        try:
+            result = train_step(
+                pair,
+                optimizer,
+                prompts,
+                method=method or args.select,
+                k=args.top_k,
+                budget=args.budget,
+                loss_name=args.loss,
+                max_new_tokens=args.max_new_tokens,
+                micro_batch_size=args.micro_batch_size,
+                generator=generator,
+                measure_fn=measure_fn,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from error
+
         line = {
             "step": step,
             **result,
@@ -1221,6 +1239,7 @@ def read_prompts(path, pair, max_new_tokens):
 
     examples = []
     ignored = set()
+    several_numbers = None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -1234,10 +1253,15 @@ def read_prompts(path, pair, max_new_tokens):
 
         used = CHAT_KEYS if "messages" in record else {"prompt", "answer"}
         ignored |= set(record) - used
+        if several_numbers is None and answer and to_number(answer) is None:
+            if len(re.findall(NUMBER, answer)) > 1:
+                several_numbers = f"{path}, line {number}"
         examples.append({"prompt": prompt, "answer": answer})
 
     if ignored:
         warn(f"{path}: these keys are not used: {', '.join(sorted(ignored))}")
+    if several_numbers:
+        warn(f"{several_numbers}: the answer has several numbers; compared as words")
     return examples
 
 

@@ -1968,8 +1968,8 @@ def test_whatever_is_measured_appears_in_the_log_under_its_name(run, monkeypatch
 @pytest.mark.parametrize(
     "name", ["reverse_kl", "entropy", "divergence", "compatibility"]
 )
-def test_what_a_measure_of_ones_own_leaves_out_is_missed_only_where_it_is_used(
-    run, monkeypatch, name, own_rule
+def test_measuring_less_than_measure_is_refused_before_the_first_update(
+    run, tmp_path, monkeypatch, name, own_rule
 ):
     def measure_too_little(student_logits, teacher_logits, k, tokens):
         scores = opd.measure(student_logits, teacher_logits, k, tokens)
@@ -1979,23 +1979,13 @@ def test_what_a_measure_of_ones_own_leaves_out_is_missed_only_where_it_is_used(
     def my_rule(scores, mask):
         return torch.rand(mask.shape)
 
-    updates = []
-    real = opd.update
-
     def update(*args):
-        updates.append(args)
-        return real(*args)
+        raise AssertionError("an update took place")
 
     monkeypatch.setattr(opd, "update", update)
-    method = my_rule if own_rule else None
-    # kl_all is the mean of reverse_kl, and teachability the product of D and C.
-    if name == "reverse_kl" or (name != "entropy" and not own_rule):
-        with pytest.raises(KeyError, match=name):
-            run("out", method=method, measure_fn=measure_too_little)
-        assert not updates
-    else:
-        for line in run("out", method=method, measure_fn=measure_too_little):
-            assert name not in line and "kl_all" in line
+    with pytest.raises(ValueError, match=f"measure_fn returned no {name}"):
+        run("out", method=my_rule if own_rule else None, measure_fn=measure_too_little)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
 
 
 def test_a_measure_of_several_numbers_is_refused(run):
@@ -2152,6 +2142,15 @@ def test_a_rule_of_another_shape_is_refused_and_nan_stops_a_run(run):
         run("nan", method=by_nothing)
 
 
+def test_a_rule_may_return_an_array_of_numpy(run, tmp_path):
+    def by_entropy(scores, mask):
+        return scores["entropy"].numpy()
+
+    run("array", method=by_entropy)
+    for line in log_of_run(tmp_path / "array"):
+        assert line["kept_entropy"] > line["entropy"]
+
+
 def warnings_of_select(ranks, mask, budget):  # -> how many
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -2172,6 +2171,7 @@ def test_positions_that_are_kept_though_they_rank_lowest_get_a_warning():
 
     # That one of each response is kept is no reason for a warning, nor are ties above.
     ranks[1] = 0
+    assert places(opd.select(ranks, mask, 0.01)) == {(0, 2), (1, 0)}
     assert warnings_of_select(ranks, mask, 0.01) == 0
     assert warnings_of_select(torch.tensor([[0.0, 0.5, 0.5]]), mask[:1, :3], 0.3) == 0
 
@@ -2182,6 +2182,9 @@ def test_a_rule_that_ranks_nothing_warns_in_training(run):
 
     with pytest.warns(UserWarning, match="too many have the lowest rank"):
         run("out", "--steps", 1, method=my_rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run("full", "--steps", 1, "--select", "full")
 
 
 @pytest.mark.parametrize("prompt", ["text", torch.tensor([5, 6]), [], ["w5"]])
@@ -2584,16 +2587,18 @@ def test_ctrl_c_saves_the_student_says_where_and_exits_with_130(
     assert not same_weights(store / "qwen3-student", student)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_saves(
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_saves(
     run, tmp_path, capsys
 ):
     more = ["--lr", "1e9", "--steps", 30, "--save-every", 1]
-    with one_line(
-        capsys,
-        "(loss.*no step was taken|nan among the ranks).*(lower --lr|too high)",
-        status=1,
-    ):
+    with pytest.raises(SystemExit) as stop:
         opd.run(run, "out", *more)
+    assert stop.value.code == 1
+    warning, error = capsys.readouterr().err.strip().splitlines()[-2:]
+    student = tmp_path / "out" / "student"
+    assert warning == f"warning: stopped; the student, as it is now, is in {student}"
+    says = r"error: step \d+: (loss.*no step.*lower --lr|nan.*learning rate too high\?)"
+    assert re.fullmatch(says, error)
     assert weights_of(tmp_path / "out" / "step-1")
 
     # The student as it was before that step: that of the last save.
@@ -3347,6 +3352,20 @@ def test_answers_may_be_json_numbers(loaded, tmp_path):
     examples = read(tmp_path, loaded, *records)
     for example, response in zip(examples, ("is 7.", "1/2", "0.0000001", "-0")):
         assert opd.is_right(response, example["answer"])
+
+
+def test_that_an_answer_has_several_numbers_is_said_once(loaded, tmp_path, capsys):
+    pair = loaded
+    capsys.readouterr()
+    single = ("7", "3/4", "1 234", "Apollo 11", "Paris")
+    records = [{"prompt": "w5", "answer": answer} for answer in single]
+    read(tmp_path, pair, *records)
+    assert capsys.readouterr().err == ""
+    records += [{"prompt": "w5", "answer": "(3, 4)"}] * 2
+    read(tmp_path, pair, *records)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "p.jsonl, line 6: the answer has several numbers" in error
 
 
 @pytest.mark.parametrize(
@@ -5367,6 +5386,14 @@ def test_a_rule_that_returns_true_and_false_is_refused(run):
 
     with pytest.raises(ValueError, match="must be numbers; multiply True"):
         run("out", method=unsure)
+
+
+def test_a_rule_that_asks_for_what_is_not_measured_is_told_so(run):
+    def sure(scores, mask):
+        return -scores["teacher_entropy"]
+
+    with pytest.raises(ValueError, match="KeyError 'teacher_entropy'; measured are"):
+        run("out", method=sure)
 
 
 def test_a_rule_with_the_name_of_another_is_refused(run):
